@@ -61,18 +61,18 @@ class Handle(Wrapped):
         serving, load = self._serving, self._load
         active, detail = serving.active, serving.detail
         return Status(
-            serving.state,
-            self._tuning.again.said(detail) if serving.state is State.ORIGINAL else detail,
-            tuple(map(str, active.transforms)) if active and serving.serves else (),
-            serving.served,
-            dict(serving.bypassed),
-            serving.original.place,
-            active.speculation.tally if active and active.speculation else None,
-            serving.watch.summary() if active else "",
-            active.batching if active and serving.serves else "",
-            self._submissions.waiting + load.waiting,
-            load,
-            active is not None and serving.watch.open(),
+            state=serving.state,
+            detail=self._tuning.again.said(detail) if serving.state is State.ORIGINAL else detail,
+            transforms=tuple(map(str, active.transforms)) if active and serving.serves else (),
+            served=serving.served,
+            bypassed=dict(serving.bypassed),
+            original=serving.original.place,
+            speculation=active.speculation.tally if active and active.speculation else None,
+            watch=serving.watch.summary() if active else "",
+            batching=active.batching if active and serving.serves else "",
+            waiting=self._submissions.waiting + load.waiting,
+            load=load,
+            resting=active is not None and serving.watch.open(),
         )
 
     @property
@@ -173,11 +173,13 @@ class Handle(Wrapped):
                 the same object and serves as before. Calls that the plan cannot serve run through the plan's layers in
                 transformers' loop. Rollback, unwrap, tuning and saving are no longer possible. "parked" moves the
                 weights from the GPU to the host's memory instead; an operation that needs them moves them back. Waits
-                for calls under way. Moves nothing if the plan uses all of the original's weights.
+                for calls under way; after 5 s, new calls wait for it, each for a minute at most. Moves nothing if the
+                plan uses all of the original's weights.
 
         Raises:
-            StateError: there is no plan, the model changed since tuning, tuning under way needs the original, or
-                "parked" was asked for and the original is already in the host's memory.
+            StateError: there is no plan, the model changed since tuning, tuning under way needs the original,
+                "parked" was asked for and the original is already in the host's memory, or weights would move within a
+                call of the model.
             ValueError: `keep_original` is none of the three.
         """
         require_place(keep_original)
@@ -205,7 +207,8 @@ class Handle(Wrapped):
         Raises:
             StateError: the original was released.
         """
-        self._winner.bring_back("roll back")
+        if self._winner.bring_back("roll back"):
+            return
         active, untuned = self._serving.active, (State.OBSERVING, State.WAITING, State.PASSED_THROUGH)
         if self._serving.state in untuned and not (active and active.transforms):
             return
@@ -216,10 +219,14 @@ class Handle(Wrapped):
         """Stop, and leave the model exactly as it was before `wrap`.
 
         Raises:
-            StateError: the original was released.
+            StateError: the original was released, maybe while this waited for tuning to end; the plan serves on then.
         """
         self._winner.bring_back("unwrap")
         self._tuning.stop()
+        while self._winner.original.place is not Residence.RESIDENT:  # what was just ending has moved the weights
+            self._tuning.resume()
+            self._winner.bring_back("unwrap")
+            self._tuning.stop()
         self._serving.active = None
         route.detach(self._model)
         kernels.free_kept()

@@ -171,7 +171,8 @@ class Serving:
                 self.bypassed[reason] += 1
             with self._alone():
                 result = call.original() if variant is None else self.watch.serve_other(call)
-        self._observe(call)
+        if not (self._traffic.is_inside() or call.is_draft):  # else it is a part of another call
+            self._observe(call)
         return result
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -240,17 +241,17 @@ class Serving:
             self.fail(str(dead))  # nothing can be retried on this device
             raise
         except RequestError:  # refused, late or cancelled: the original would not help
-            self.watch.abandoned(call)
+            self.watch.abandoned(variant, call)
             raise
         except Exception as error:
             theirs, fault = attempt.outsiders(error), Fault.of(error, variant)
         except BaseException:
-            self.watch.abandoned(call)
+            self.watch.abandoned(variant, call)
             raise
         else:
             self.served += 1
             return result
-        return self._recover(fault, theirs, partial(attempt.again, seam.Sampling.original), call)
+        return self._recover(variant, fault, theirs, partial(attempt.again, seam.Sampling.original), call)
 
     def _serve_forward(
         self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[[], Any]
@@ -265,10 +266,11 @@ class Serving:
         else:
             self.served += 1
             return result
-        return self._recover(fault, theirs, original)
+        return self._recover(variant, fault, theirs, original)
 
     def _recover(
         self,
+        variant: Variant,
         fault: Fault,
         theirs: BaseException | None,
         original: Callable[[], Any],
@@ -279,16 +281,18 @@ class Serving:
         Call it outside of the `except` block, when no exception keeps the plan's memory alive.
 
         Args:
-            fault: what was wrong with the plan.
+            variant: what raised. Another one may serve by now, which it says nothing about.
+            fault: what was wrong with it.
             theirs: the exception from the caller's code that caused the failure, or None.
             original: computes the answer from a clean state.
             call: the call of generate's loop, or None for a direct forward.
         """
         if theirs is not None:
-            self.watch.abandoned(call)
+            self.watch.abandoned(variant, call)
             raise theirs
+        failed = f"the plan failed: {fault.reason}"
         if self._sharded:
-            self.watch.failed(f"the plan failed: {fault.reason}")
+            self.watch.failed(failed, variant=variant)
             raise VariantError(
                 f"{fault.reason}; other ranks may be in the middle of this call, so it cannot be answered again here; "
                 "the original serves from the next call on"
@@ -297,15 +301,15 @@ class Serving:
         try:
             result = original()
         except BaseException:  # the call was at fault, not the plan
-            self.watch.abandoned(call)
+            self.watch.abandoned(variant, call)
             raise
         if fault.unready and call is not None:
             self.bypassed["no room or no step for a batch of that size"] += 1
-            self.watch.unready(call)
+            self.watch.unready(call, variant)
             warn(f"{fault.reason}; {self._other()} for such calls")
         else:
-            self.watch.failed(f"the plan failed: {fault.reason}", call=call)
-            warn(self.detail)
+            self.watch.failed(failed, call=call, variant=variant)
+            warn(self.detail if variant is self.active else failed)
         return result
 
     def _note(self, event: Event) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from ..errors import RequestError
 
+# The settings by which one sequence is generated and streamed, with the only value that each may have.
+SINGLE = {"streamer": None, "num_return_sequences": 1, "num_beams": 1, "return_dict_in_generate": False}
 WAKE_S = 0.1  # a request that waits for its turn looks at its terms so often
 
 
@@ -45,6 +47,7 @@ class Submitted:
     def __init__(self, terms: RequestTerms) -> None:
         self.terms = terms
         self._tokens = list[int]()
+        self._has_prompt = False  # whether `generate` has put the prompt
         self._result: Future[torch.Tensor] = Future()
         self._changed = forking.free(threading.Condition())
         self._listening = list[tuple[bells.Bell, asyncio.Event]]()
@@ -142,10 +145,11 @@ class Submitted:
         return self.terms.violated(time.monotonic(), tokens)
 
     def put(self, value: torch.Tensor) -> None:
-        """Take a token [1], as a streamer. The prompt, which comes first, is not passed on to the caller."""
-        if value.dim() > 1:
+        """Take tokens of any shape, as a streamer. The prompt, which comes first, is not passed on to the caller."""
+        if not self._has_prompt:
+            self._has_prompt = True
             return
-        self._tokens += value.tolist()
+        self._tokens += value.flatten().tolist()
         self._wake()
 
     def end(self) -> None: ...
@@ -213,21 +217,23 @@ class Submissions:
         Raises:
             QueueFullError: too many requests wait.
             StateError: the process ends, or no thread can be started.
-            WorkloadError: `input_ids` are not the tokens of one prompt, or an option belongs to the request itself.
+            WorkloadError: `input_ids` are not the tokens of one prompt, or an option, or the model's own generation
+                configuration, does not suit one streamed sequence.
         """
         ids = one_prompt(input_ids)
-        for name in ("streamer", "num_return_sequences", "num_beams", "return_dict_in_generate"):
-            if options.get(name) not in (None, False, 1):
+        for name, suitable in SINGLE.items():
+            if (value := self._setting(name, options)) not in (None, suitable):
                 raise WorkloadError(
-                    f"{name}={options[name]!r}: a submitted request streams one sequence by itself; iterate over what "
-                    "submit returns, or call generate"
+                    f"{name}={value!r}: a submitted request streams one sequence by itself; iterate over what submit "
+                    "returns, or call generate"
                 )
         request = Submitted(terms)
         with self._changed:
             if len(self._waiting) >= MOST_WAITING:
                 raise QueueFullError(f"{MOST_WAITING} submitted requests wait, and no more may; ask again later")
             self._waiting.append(request)
-        worker = ending.Worker(partial(self._serve, request, ids, options), "autotune-request", stop=request.cancel)
+        serve = partial(self._serve, request, ids, options)
+        worker = ending.Worker(serve, "autotune-request", stop=request.cancel, serves=True)
         launched = False
         try:
             launched = worker.launch()
@@ -240,6 +246,12 @@ class Submissions:
         if not launched:
             ending.refuse(StateError("the process ends: no request can begin"))
         return request
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """The value that `generate` takes: the option, else the given configuration's, else the model's own."""
+        configurations = options.get("generation_config"), self._model.generation_config
+        values = options.get(name), *(getattr(each, name, None) for each in configurations)
+        return next((value for value in values if value is not None), None)
 
     def _serve(self, request: Submitted, ids: torch.Tensor, options: dict[str, Any]) -> None:
         try:

@@ -18,6 +18,7 @@ from ..machine.ending import Cancelled
 from ..model import configured, route, seam, stateful
 from ..model.revision import Revision
 from ..report.progress import Doing, said
+from ..runtime.traffic import WITHIN, Traffic
 from ..runtime.variant import Variant
 from ..workload import Observer, Workload
 from .again import Again
@@ -26,7 +27,6 @@ from .status import State
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..runtime.traffic import Traffic
     from ..tune.plan import Plan
     from .former import Former
     from .options import Options
@@ -101,10 +101,15 @@ class Tuning:
         return self.given or self._observer.workload()
 
     def stop(self) -> None:
-        """Call off tuning and wait until its thread has ended."""
+        """Call off tuning and wait until its thread has ended, and a step of another thread that is in progress."""
         self._traffic.cancel()
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join()
+        self._traffic.settle()
+
+    def resume(self) -> None:
+        """Make tuning possible again after `stop`."""
+        self._traffic.resume()
 
     # On behalf of a caller, who gets the errors
 
@@ -113,8 +118,10 @@ class Tuning:
         """Hold this context while this thread alone tunes.
 
         Raises:
-            StateError: tuning is under way.
+            StateError: tuning is under way, or this is within a call of the model.
         """
+        if self._traffic.is_inside():
+            raise StateError(WITHIN)
         if not self.lock.acquire(blocking=False):
             raise StateError("tuning is under way already; wait for it, see .status")
         self.again.drop()
@@ -179,7 +186,7 @@ class Tuning:
             log.warning("a call was not observed: %s: %s", type(error).__name__, error)
 
     def _consider(self, call: seam.Sampling) -> None:
-        self._observer.observe(call.input_ids, call.mask, call.settings.max_length - call.input_ids.shape[1])
+        self._observer.observe(call.input_ids, call.mask, call.longest - call.input_ids.shape[1])
         if self._options.when == "manual" or not self._observer.ready(self._options.observe):
             return
         work = self._observer.workload()  # may raise, so before the lock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from .status import State
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..machine.device import Device
     from ..runtime.traffic import Traffic
     from ..tune.plan import Plan
     from ..tune.tuned import Tuned
@@ -101,6 +102,8 @@ class Winner:
             log.info("the original stays: the plan uses all of its weights")
             return
         with self._alone():
+            if change := self._serving.change():  # it may have waited long
+                raise StateError(f"the plan is stale: {change}; the original's weights stay where they are")
             try:
                 self.original.park(variant) if park else self.original.release(variant)
             finally:
@@ -108,35 +111,70 @@ class Winner:
         report = self.tuned.report.without_original(stored_bytes(*variant.modules.values()))
         self.tuned = replace(self.tuned, report=report)
 
-    def bring_back(self, what: str) -> None:
-        """Move parked weights of the original back. What serves goes on serving, unless it leaves no room for them.
+    def bring_back(self, what: str) -> bool:
+        """Move parked weights of the original back. The plan goes on serving, if it has not changed and there is room.
 
         Args:
             what: the operation that needs the weights, for the message.
+
+        Returns:
+            Whether the plan was dropped.
 
         Raises:
             StateError: the original was released.
         """
         self.original.require(what)
         if self.original.place is not Residence.PARKED or self.tuned is None:
-            return
+            return False
         with self._alone():
             device, report = devices.of(self._model), self.tuned.report.without_original(None)
             self.tuned = replace(self.tuned, report=report)
+            revision = self._serving.revision
             if device.memory().free < self.original.parked_bytes:
-                self.tuned = self._serving.active = None
-                device.trim()
-                said = "the plan was dropped: beside it there was no room to bring the original back"
-                self._serving.become(State.ORIGINAL, said)
-                log.warning("%s", said)
-            self.original.restore()
+                self._make_room(device)
+            elif revision is not None and (change := revision.differs()):
+                self._drop(f"the model changed while the original was parked ({change})")
+            if not self._restored(device):
+                self._make_room(device)
+                self.original.restore()
             self._serving.revision = Revision(self._model)
+        return self.tuned is None
+
+    def _restored(self, device: Device) -> bool:
+        """Move the original back. Returns False if the plan leaves less room than the device said; then, some is left.
+
+        The error, which keeps memory alive, is gone when this returns.
+        """
+        try:
+            self.original.restore()
+        except Exception as error:
+            if self.tuned is None or device.failure(error) != "memory":
+                raise
+            return False
+        return True
+
+    def _make_room(self, device: Device) -> None:
+        self._drop("beside it there was no room to bring the original back")
+        device.trim()
+
+    def _drop(self, reason: str) -> None:
+        """Drop the plan, so that its memory can be freed, and serve with the original."""
+        said = f"the plan was dropped: {reason}"
+        self.tuned = None
+        self._begin(Variant(route.bare(self._model), self._traffic), None)
+        self._serving.become(State.ORIGINAL, said)
+        log.warning("%s", said)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold this context while no request is in flight."""
+        """Hold this context while no request is in flight, nor what is left in the plan's engine of one given up."""
         try:
-            with self._traffic.step():
+            with self._traffic.step(pauses=False), self._resting():
                 yield
         except Cancelled:
             raise StateError("the model was unwrapped meanwhile, or the process ends") from None
+
+    def _resting(self) -> AbstractContextManager[object]:
+        """Pause the plan's engine, if it has one. The context does not keep the plan in memory."""
+        pause = self.tuned.variant.pause if self.tuned else None
+        return nullcontext() if pause is None else pause()

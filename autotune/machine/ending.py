@@ -5,6 +5,9 @@ treats that as an uncaught exception and aborts the process (status 134). So eve
 first as `unwrap` does it, at the next measured step. If that does not suffice, the compilers that it waits for are
 killed, and `Cancelled` is raised in it, wherever it is. The script's own daemon threads are not touched; one that C++
 would unwind waits instead (`_let_wait`).
+
+Python waits for the threads of executors, which finish what they were given. Those may be callers, so the threads that
+serve callers end after them, all others before.
 """
 
 from __future__ import annotations
@@ -14,18 +17,16 @@ import concurrent.futures.thread as executors  # imported first: its exit hook t
 import ctypes
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import AutotuneError
-from . import forking
+from . import forking, started
 
 log = logging.getLogger("autotune")
 
@@ -33,14 +34,12 @@ MOST_S = 2.0  # seconds that an exit may wait for all threads together
 GENTLE_S = 0.3  # seconds of these in which threads may end at their next step, before they are interrupted
 AGAIN_S = 0.05  # seconds between two attempts to stop a thread
 COMPUTING = ("autotune", "torch", "transformers")  # packages that call C++
-PATIENCE_S = 0.5  # seconds after which a process that was asked to end is killed
 
 _lock = forking.lock()
 _workers: set[Worker] = set()
 _compilers: set[int] = set()  # process groups of running compilers
-_asked: dict[int, float] = {}  # processes that were asked to end -> when, by time.monotonic
-_torn: dict[int, Path] = {}  # compilers that were asked to end -> the file that they were writing
-_ended = False
+_ended = False  # whether threads that serve no callers have been ended
+_is_over = False  # whether all have been
 
 
 class NoThreadError(AutotuneError, RuntimeError):
@@ -54,14 +53,23 @@ class Worker(threading.Thread):
         work: the function that it runs. It may raise `Cancelled`.
         name: the thread's name.
         stop: called at exit, from another thread, so that `work` returns or raises soon.
+        serves: whether callers wait for what it does, which may be threads that the process waits for.
     """
 
-    def __init__(self, work: Callable[[], None], name: str, stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, work: Callable[[], None], name: str, stop: Callable[[], None] = lambda: None, *, serves: bool = False
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self._work = work
         self.stop = stop
+        self.serves = serves
         self._interruptible = False
         self._guard = threading.Lock()
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the process ends, and with it this thread."""
+        return _is_over if self.serves else _ended
 
     def launch(self) -> bool:
         """Start the thread. Returns False if the process is ending and the thread cannot start.
@@ -70,7 +78,7 @@ class Worker(threading.Thread):
             NoThreadError: the process, or its container, has as many threads as it may.
         """
         with _lock:
-            if _ended:
+            if self.must_end:
                 return False
             _workers.add(self)
         try:
@@ -78,7 +86,7 @@ class Worker(threading.Thread):
         except RuntimeError as error:  # from 3.12 on, no thread starts while the interpreter ends
             with _lock:
                 _workers.discard(self)
-            if threading.main_thread().is_alive() and not _ended:
+            if threading.main_thread().is_alive() and not self.must_end:
                 raise NoThreadError(str(error)) from error
             return False
         return True
@@ -104,7 +112,7 @@ class Worker(threading.Thread):
 
     def interrupt(self) -> None:
         """Raise `Cancelled` in this thread as soon as it runs Python, and kill the processes that it started."""
-        _kill_what_was_started_by(self)
+        started.end_started_by(self)
         with self._guard:
             if self._interruptible:
                 _raise_in(self.ident, Cancelled)
@@ -132,7 +140,7 @@ def compile_with(command: Sequence[str], timeout_s: float) -> subprocess.Complet
             _go_on()
             out, errors = process.communicate(timeout=timeout_s)
         except BaseException:
-            _kill_group(process.pid)
+            started.kill_group(process.pid)
             raise
         finally:
             with _lock:
@@ -142,7 +150,8 @@ def compile_with(command: Sequence[str], timeout_s: float) -> subprocess.Complet
 
 
 def _go_on() -> None:
-    if _ended and isinstance(threading.current_thread(), Worker):
+    thread = threading.current_thread()
+    if isinstance(thread, Worker) and thread.must_end:
         raise Cancelled
 
 
@@ -161,12 +170,17 @@ def refuse(error: Exception) -> NoReturn:
     raise error
 
 
-def end() -> None:
-    """End all of autotune's threads, within `MOST_S`."""
-    global _ended
+def end(*, serves_on: bool = False) -> None:
+    """End autotune's threads, within `MOST_S`.
+
+    Args:
+        serves_on: whether those that serve callers go on.
+    """
+    global _ended, _is_over
     with _lock:
-        _ended = True
-        running = [worker for worker in _workers if worker.is_alive()]  # none is alive after a fork
+        _ended, _is_over = True, not serves_on
+        alive = [worker for worker in _workers if worker.is_alive()]  # none is alive after a fork
+        running = [worker for worker in alive if not (serves_on and worker.serves)]
     if not running:
         if _others_compute():
             _let_wait()
@@ -177,14 +191,14 @@ def end() -> None:
             with suppress(Exception):
                 worker.stop()
         for group in tuple(_compilers):
-            _kill_group(group)
+            started.kill_group(group)
         _join(running, start + GENTLE_S)
         while (left := [w for w in running if w.is_alive()]) and time.monotonic() < start + MOST_S:
             for worker in left:
                 worker.interrupt()
             _stop_compilations()
             _join(left, min(time.monotonic() + AGAIN_S, start + MOST_S))
-    _remove_torn()
+    started.remove_torn()
     if left:
         log.debug("still running at exit: %s", ", ".join(worker.name for worker in left))
     if left or _others_compute():
@@ -212,9 +226,20 @@ def _join(workers: Iterable[Worker], until_s: float) -> None:
 
 
 def _before_executors() -> None:
-    """End our threads before the hook that waits for executors' threads, which may be compiling for ours."""
+    """End our threads before the hook that waits for executors' threads, which may be compiling for ours.
+
+    Those that serve callers go on if such a thread may be one.
+    """
     if not _goes_on():
-        end()
+        end(serves_on=_have_executors())
+
+
+def _have_executors() -> bool:
+    """Whether a thread of an executor lives, other than those that compile for torch."""
+    executor = _compiling()
+    compiling = set[threading.Thread]() if executor is None else executor._threads
+    waited_for = tuple(getattr(executors, "_threads_queues", ()))
+    return any(thread.is_alive() and thread not in compiling for thread in waited_for)
 
 
 def _goes_on() -> bool:
@@ -246,73 +271,19 @@ def _raise_in(thread: int | None, kind: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), raised)
 
 
-def _kill_group(group: int) -> None:
-    with suppress(OSError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _kill_what_was_started_by(thread: threading.Thread) -> None:
-    """End a thread's child processes and their descendants, on Linux only. Torch closes its own pool of compilers.
-
-    They are asked first: a compiler then removes what it has half written. Torch keeps that file under the name of its
-    source, and would fail to load it ("file too short") in every later process. A linker that is killed after its
-    driver has cleaned up leaves it behind, so the file's name is noted.
-    """
-    pools = getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ())
-    spared = {getattr(getattr(pool, "process", None), "pid", None) for pool in pools}
-    for process in _descendants(Path(f"/proc/self/task/{thread.native_id}")):
-        if process not in spared:
-            now = time.monotonic()
-            if (written := _output(process)) is not None:
-                _torn[process] = written
-            patient = now - _asked.setdefault(process, now) < PATIENCE_S
-            with suppress(OSError):
-                os.kill(process, signal.SIGTERM if patient else signal.SIGKILL)
-
-
-def _output(process: int) -> Path | None:
-    """The file that a process was told to write (`-o file`), if it is a compiler's."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
-        return Path(f"/proc/{process}/cwd").readlink() / words[words.index("-o") + 1]
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _remove_torn() -> None:
-    """Remove what compilers were writing when they were asked to end, once none of them can write it any more."""
-    for process, written in _torn.items():
-        if _output(process) == written:  # it lives, and is no later process with the same number
-            with suppress(OSError):
-                os.kill(process, signal.SIGKILL)
-        with suppress(OSError):
-            written.unlink()
-    _torn.clear()
-
-
-def _descendants(task: Path) -> list[int]:
-    try:
-        children = [int(word) for word in (task / "children").read_text().split()]
-    except OSError:
-        return []
-    found = list(children)
-    for child in children:
-        with suppress(OSError):
-            for inner in Path(f"/proc/{child}/task").iterdir():
-                found += _descendants(inner)
-    return found
-
-
 def _stop_compilations() -> None:
-    """Stop torch's C++ compilations, which run in an executor's threads: cancel queued ones, kill running ones."""
+    """Stop torch's C++ compilations: cancel queued ones, kill running ones."""
+    if (executor := _compiling()) is not None:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for thread in executor._threads:
+            started.end_started_by(thread)
+
+
+def _compiling() -> Any:
+    """The executor whose threads run torch's C++ compilations, or None."""
     module = sys.modules.get("torch._inductor.async_compile")
     pool: Any = getattr(getattr(module, "AsyncCompile", None), "pool", None)
-    if pool is None or not pool.cache_info().currsize:
-        return
-    executor = pool()
-    executor.shutdown(wait=False, cancel_futures=True)
-    for thread in executor._threads:
-        _kill_what_was_started_by(thread)
+    return pool() if pool is not None and pool.cache_info().currsize else None
 
 
 def _let_wait() -> None:
@@ -327,7 +298,6 @@ def _let_wait() -> None:
 atexit.register(end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compilers.clear)  # the compilers belong to the parent
-    os.register_at_fork(after_in_child=_torn.clear)
 with suppress(AttributeError, RuntimeError):
     threading._register_atexit(_before_executors)  # type: ignore[attr-defined]
 

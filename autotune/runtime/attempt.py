@@ -81,10 +81,10 @@ class Attempt:
         return result
 
     def _tokens(self) -> torch.Tensor:
-        """The tokens that were chosen, [B, T]."""
-        knows = self.call.criteria.told
+        """The tokens that were chosen, [B, T], on the call's device. An engine knows them on the host."""
+        given, knows = self._given.input_ids, self.call.criteria.told
         ids = self._chosen if knows is None else knows.ids
-        return self._given.input_ids[:, :0] if ids is None else ids[:, self._given.input_ids.shape[1] :]
+        return given[:, :0] if ids is None else ids[:, given.shape[1] :].to(given.device)
 
     def _process(self, processors: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         scores = self.run(processors, *args, **kwargs)

@@ -1,7 +1,8 @@
 """Live requests go first: a measured step runs only while no request does, and a request waits for at most one step.
 
-Where requests share an engine that can be paused, a step need not wait for a moment without requests, which may never
-come: after a while it runs between two of the engine's steps, for a small share of the time.
+A moment without requests may never come. Where requests share an engine that can be paused, a measured step then runs
+between two of the engine's steps, for a small share of the time. A step that moves weights needs that moment: after a
+while, new requests wait for it.
 """
 
 from __future__ import annotations
@@ -10,27 +11,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 
+from ..errors import StateError
 from ..machine import forking
 from ..machine.ending import Cancelled
 
-PATIENCE_S = 5.0  # seconds for which a step waits for a moment without requests, before it pauses them
+PATIENCE_S = 5.0  # seconds for which a step waits for a moment without requests, before it pauses or holds up requests
 SHARE = 0.1  # of the time for which requests may be paused, at most
+HELD_S = 60.0  # seconds for which a new request is held up at most: one under way may wait for it in another thread
+WITHIN = "this was asked for within a call of the model, which would wait for itself; do it after the call"
 
 Pause = Callable[[], AbstractContextManager[object]]  # requests rest while its context is held
 
 
 class Visit:
-    """One live request under way."""
+    """One live request.
+
+    Attributes:
+        is_over: whether it has ended.
+    """
 
     def __init__(self, traffic: Traffic, number: int, others: bool) -> None:
-        self._traffic = traffic
+        self.traffic = traffic
         self._number = number
         self._others = others
+        self.is_over = False
 
     def is_crowded(self) -> bool:
         """Whether another request has been in flight at any time since it began."""
-        return self._others or self._traffic.begun != self._number
+        return self._others or self.traffic.begun != self._number
+
+
+# The requests that the running code is a part of. An engine's thread calls a caller's objects in the caller's context.
+_VISITS: ContextVar[tuple[Visit, ...]] = ContextVar("autotune_visits", default=())
 
 
 class Traffic:
@@ -44,6 +58,7 @@ class Traffic:
         self._requests = 0
         self.begun = 0  # number of live requests so far
         self._has_step = False  # whether a thread measures, or is about to
+        self._held_up_by: set[int] = set()  # identifiers of threads that wait for a step, for which new requests wait
         self._measuring: int | None = None  # identifier of the thread that measures, for which requests wait
         self._waited_s = 0.0
         self._pausing: Callable[[], Pause | None] = lambda: None
@@ -54,30 +69,47 @@ class Traffic:
     def after_fork(self) -> None:
         self._requests = 0
         self._has_step, self._measuring = False, None
+        self._held_up_by.clear()
+
+    def is_inside(self) -> bool:
+        """Whether the running code is a part of a live request: a logits processor's, for one."""
+        return any(visit.traffic is self and not visit.is_over for visit in _VISITS.get())
 
     @contextmanager
     def request(self) -> Iterator[Visit]:
-        """Enclose a live request. It waits only for a measured step in progress."""
-        own = threading.get_ident()
+        """Enclose a live request. It waits for a step in progress, and for one that has waited long and cannot pause.
+
+        A request within another one waits for a step in progress only: the outer one must end before a step begins.
+        """
+        own, outer = threading.get_ident(), _VISITS.get()
         with self._changed:
+            if not self.is_inside() and self._measuring != own:
+                self._changed.wait_for(lambda: not self._held_up_by, HELD_S)
             self._requests += 1  # counted before it waits, so that no further step starts meanwhile
             self.begun += 1
             visit = Visit(self, self.begun, self._requests > 1)
         try:
+            _VISITS.set((*outer, visit))
             with self._changed:
                 self._changed.wait_for(lambda: self._measuring in (None, own))
             yield visit
         finally:
+            visit.is_over = True
+            _VISITS.set(outer)
             with self._changed:
                 self._requests = max(0, self._requests - 1)  # it is 0 already if the process forked during the request
                 self._changed.notify_all()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, *, pauses: bool = True) -> Iterator[None]:
         """Enclose a measured step. It waits until no request is in flight, or pauses them.
+
+        Args:
+            pauses: whether requests in flight may be paused; if not, it begins only when there is none.
 
         Raises:
             Cancelled: tuning was cancelled.
+            StateError: it would wait for the request that it is a part of.
         """
         if self._measuring == threading.get_ident():  # a step within a step
             if self.cancelled:
@@ -85,7 +117,7 @@ class Traffic:
             yield
             return
         begun = start = time.perf_counter()
-        pause = self._enter(start)
+        pause = self._enter(start, pauses)
         try:
             with ExitStack() as paused:
                 if pause is not None:
@@ -103,22 +135,33 @@ class Traffic:
                     self._rested_s = now + (now - begun) * (1 / SHARE - 1)
                 self._changed.notify_all()
 
-    def _enter(self, start: float) -> Pause | None:
+    def _enter(self, start: float, pauses: bool) -> Pause | None:
         """Wait for a step's turn, and take it. Returns what pauses the requests in flight; None if there are none."""
+        own = threading.get_ident()
         with self._changed:
-            while not self.cancelled:
-                if not self._has_step:
+            try:
+                while not self.cancelled:
+                    if self._has_step:
+                        self._changed.wait()
+                        continue
                     if self._requests == 0:
-                        self._has_step, self._measuring = True, threading.get_ident()
+                        self._has_step, self._measuring = True, own
                         return None
-                    left_s, pause = max(start + PATIENCE_S, self._rested_s) - time.perf_counter(), self._pausing()
-                    if pause is not None and left_s <= 0:
+                    pause = self._pausing() if pauses else None
+                    if pause is None and self.is_inside():
+                        raise StateError(WITHIN)
+                    left_s = max(start + PATIENCE_S, self._rested_s if pauses else start) - time.perf_counter()
+                    is_due = left_s <= 0
+                    if is_due and pause is not None:
                         self._has_step = True
                         return pause
-                    self._changed.wait(None if pause is None else left_s)
-                else:
-                    self._changed.wait()
-            raise Cancelled
+                    if is_due and not pauses:
+                        self._held_up_by.add(own)
+                    self._changed.wait(None if is_due or (pauses and pause is None) else left_s)
+                raise Cancelled
+            finally:
+                self._held_up_by.discard(own)
+                self._changed.notify_all()
 
     def pause_by(self, pausing: Callable[[], Pause | None]) -> None:
         """Set a function that returns what pauses the requests in flight now; None if nothing does."""
@@ -134,6 +177,15 @@ class Traffic:
         with self._changed:
             self.cancelled = True
             self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait for the step in progress, after which none begins: tuning was cancelled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._measuring in (None, threading.get_ident()))
+
+    def resume(self) -> None:
+        """Let steps begin again after `cancel`."""
+        self.cancelled = False
 
     def clock(self) -> float:
         """Seconds, without the time that measured steps waited for their turn."""

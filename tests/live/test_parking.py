@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 import autotune
+from autotune.live.original import Original
 from autotune.machine import device
+from autotune.model.route import is_routed
 from autotune.runtime.kernels import available
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.static_cache import StaticCache
@@ -24,6 +29,7 @@ from autotune.tune.tuned import Tuned
 from tests.fakes.cuda import FakeCuda
 from tests.live.test_release import Written, greedy, storages, wrapped
 from tests.models import tiny, token_prompts
+from tests.serve.servers import until
 
 SENTENCE = available()
 pytestmark = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -96,14 +102,74 @@ def test_whatever_needs_the_original_brings_it_back(gpu: FakeCuda, ask: Any, tmp
 def test_without_room_for_both_the_plan_makes_way(gpu: FakeCuda) -> None:
     model = tiny("llama")
     answer = greedy(model)
-    parked(model)
+    plan = weakref.ref(parked(model).autotune._winner.tuned.variant)
     gpu.free_bytes = 1000
     model.autotune.rollback()
+    gc.collect()
+    assert plan() is None, "it still takes the room"
     assert greedy(model) == answer
     assert model.autotune.plan is None
+    assert "there was no room to bring the original back" in model.autotune.status.detail
     assert gpu.trims
     with pytest.raises(autotune.StateError, match=r"call .tune"):
         model.autotune.commit()
+
+
+def test_room_that_turns_out_to_be_none_makes_the_plan_make_way(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an allocator counts as free may lie in pieces, or beyond the share that the process may take."""
+    model, plain, restore = parked(tiny("llama")), tiny("llama"), Original.restore
+
+    def restored(original: Original) -> None:
+        if model.autotune.active is not None and model.autotune.active.transforms:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        restore(original)
+
+    monkeypatch.setattr(Original, "restore", restored)
+    model.autotune.rollback()
+    assert model.autotune.status.state == "original"
+    assert "no room to bring the original back" in model.autotune.status.detail
+    assert model.autotune.status.original == "resident"
+    assert greedy(model) == greedy(plain)
+
+
+def test_a_plan_that_was_edited_while_the_original_was_parked_is_dropped(gpu: FakeCuda) -> None:
+    """Brought back, the original is what it was; the plan is another one than was tuned."""
+    model = tiny("llama")
+    answer = greedy(model)
+    parked(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.scales.mul_(2)
+    model.autotune.rollback()
+    assert greedy(model) == answer
+    assert model.autotune.plan is None
+    assert model.autotune.status.state == "original"
+    assert "the plan was dropped: the model changed while the original was parked" in model.autotune.status.detail
+    with pytest.raises(autotune.StateError, match=r"call .tune"):
+        model.autotune.commit()
+
+
+def test_unwrap_while_the_original_is_being_parked_brings_it_back(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on, park = threading.Event(), threading.Event(), Original.park
+
+    def slow(self: Original, variant: Variant) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        park(self, variant)
+
+    monkeypatch.setattr(Original, "park", slow)
+    model = tiny("llama")
+    expected = copy.deepcopy(model.state_dict())
+    handle = wrapped(model, when="background", keep_original="parked").autotune
+    assert inside.wait(60)
+    leaving = threading.Thread(target=handle.unwrap)
+    leaving.start()
+    until(lambda: handle._tuning._traffic.cancelled)
+    go_on.set()
+    leaving.join(60)
+    assert not is_routed(model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_parked_then_released(gpu: FakeCuda) -> None:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from autotune.errors import (
     CancelledRequestError,
@@ -49,6 +50,7 @@ ALONE = [WeightOnly("decode"), StepProgram("decode", slots=192)]
 PLANS = {"original": [], "alone": ALONE, "together": [*ALONE, ContinuousBatching("decode", rows=4)]}
 PROMPTS = token_prompts(10)
 TOKENS = {"do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+DRAWN_TWICE = GenerationConfig(num_return_sequences=2, do_sample=True)
 LONG = TOKENS | {"max_new_tokens": 150}
 
 
@@ -224,12 +226,35 @@ def test_a_request_that_was_late_from_the_start_is_not_computed(model: Any) -> N
         ([1], {"num_beams": 2}, "num_beams=2: a submitted request streams one sequence"),
         ([1], {"num_return_sequences": 3}, "num_return_sequences=3"),
         ([1], {"streamer": print}, "streamer="),
+        ([1], {"return_dict_in_generate": True}, "return_dict_in_generate=True"),
+        ([1], {"generation_config": DRAWN_TWICE}, "num_return_sequences=2"),
+        ([1], {"generation_config": GenerationConfig(return_dict_in_generate=True)}, "return_dict_in_generate=True"),
     ],
 )
 def test_what_is_no_prompt_is_refused(given: Any, options: dict[str, Any], said: str) -> None:
     submissions = submit.Submissions(tiny("llama"), lambda: 1)
     with pytest.raises(WorkloadError, match=said):
         submissions.submit(given, RequestTerms(), options)
+
+
+def test_the_models_own_settings_count_unless_an_option_overrides_them() -> None:
+    model = tiny("llama")
+    model.generation_config.num_return_sequences, model.generation_config.do_sample = 2, True
+    submissions = submit.Submissions(model, lambda: 1)
+    options = {"max_new_tokens": 2, "pad_token_id": PAD}
+    with pytest.raises(WorkloadError, match="num_return_sequences=2: a submitted request streams one sequence"):
+        submissions.submit(PROMPTS[0], RequestTerms(), options)
+    request = submissions.submit(PROMPTS[0], RequestTerms(), options | {"num_return_sequences": 1})
+    assert len(list(request)) == 2
+
+
+def test_several_tokens_at_a_time_are_streamed(model: Any) -> None:
+    """Assisted decoding puts all tokens of a step at once, [1, n]."""
+    ids = [5, 6, 7, 8] * 6
+    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12, **TOKENS}
+    request = model.autotune.submit(ids, **options)
+    assert list(request) == called(tiny("llama"), ids, max_new_tokens=12)[len(ids) :]
+    assert request.result(60).shape[1] == len(ids) + 12
 
 
 def test_a_request_that_is_cancelled_while_it_waits_is_not_computed() -> None:
@@ -597,6 +622,41 @@ sys.exit(3)
 def test_a_process_ends_in_order_under_load(late: int) -> None:
     done = run(LOADED.format(late=late))
     assert (done.returncode, noise(done)) == (3, "")
+
+
+POOLED = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from autotune.machine import ending
+from tests.live.test_submit import TOKENS, called, served_together
+from tests.models import tiny, token_prompts
+
+model, begun = served_together(tiny("llama")), threading.Event()
+
+def hold(ids, scores):
+    begun.set()
+    while not ending.ends():
+        pass
+    return scores
+
+def ask(ids, **options):
+    print(len(called(model, ids, max_new_tokens=30, **options)) - len(ids))
+
+pool = ThreadPoolExecutor(2)
+for ids in token_prompts(3):  # the last one begins while the process ends
+    pool.submit(ask, ids, logits_processor=[hold])
+pool.submit(lambda: print(len(model.autotune.submit(token_prompts(1)[0], max_new_tokens=5, **TOKENS).result()[0])))
+begun.wait()
+"""
+
+
+@needs_kernels
+def test_a_process_ends_after_what_its_executors_ask_for() -> None:
+    """Python waits for their threads, which would wait for an engine that has ended."""
+    done = run(POOLED)
+    said = sorted(done.stdout.split(), key=int)
+    assert (done.returncode, said, noise(done)) == (0, [str(len(PROMPTS[0]) + 5), "30", "30", "30"], "")
 
 
 def test_terms_grow_old() -> None:

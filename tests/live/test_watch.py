@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -425,7 +426,7 @@ def test_a_plan_that_failed_once_serves_again(watched: Any, clock: Clock) -> Non
 def test_a_trial_of_a_batch_size_that_fails_otherwise_leaves_the_next_one_to_try() -> None:
     clock = Clock()
     watch, call = Watch(0.0, clock=clock, rules=RULES), Mock(input_ids=torch.zeros(3, 1))
-    watch.unready(call)
+    watch.unready(call, None)
     assert not watch.admits(3)
     clock.now = 10
     assert watch.admits(3)  # the size's trial
@@ -439,7 +440,7 @@ def test_a_trial_of_a_batch_size_that_fails_otherwise_leaves_the_next_one_to_try
 def test_a_failure_of_a_call_is_noted_for_its_batch_size(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     noted = list[Any]()
     watch, decode = watched.autotune._serving.watch, watched.autotune._serving.active.modules["decode"]
-    monkeypatch.setattr(watch, "failed", lambda reason, call: noted.append(call.input_ids.shape[0]))
+    monkeypatch.setattr(watch, "failed", lambda reason, call, variant: noted.append(call.input_ids.shape[0]))
     decode.forward = lambda *_, **__: 1 / 0
     with pytest.warns(RuntimeWarning):
         greedy(watched)
@@ -486,6 +487,43 @@ def test_a_call_from_before_it_opened_does_not_say_why_it_did(watched: Any, cloc
     watch.failed("a call from before", late)
     clock.now += 10
     assert (watch.cause, watch.admits(1)) == (Cause.DRIFT, False)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        lambda watch, call, former: watch.failed("the plan failed", call=call, variant=former),
+        lambda watch, call, former: watch.unready(call, former),
+        lambda watch, call, former: watch.abandoned(former, call),
+    ],
+    ids=["failed", "unready", "abandoned"],
+)
+def test_a_call_of_the_former_plan_says_nothing_about_the_one_that_serves(watched: Any, ended: Any) -> None:
+    watch, former, call = watched.autotune._serving.watch, Mock(), Mock(input_ids=torch.zeros(3, 1))
+    store.save(found := replace(watched.autotune.plan, created="2026-01-01T00:00:00+00:00"))
+    watch.begin(watch._variant, found, lambda: None, stored=True)
+    ended(watch, call, former)
+    assert (phases(watched), watch.admits(3), watch.admits(1)) == ([], True, True)
+    assert store.find(PRINT) is not None
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_call_that_ends_under_another_plan_is_answered_and_not_judged(watched: Any, fails: bool) -> None:
+    expected, handle, former = greedy(watched), watched.autotune, watched.autotune._serving.active
+    other = Variant(former.original, former.traffic).with_transforms([LeanLoop()])
+
+    def switch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if handle._serving.active is former:
+            handle._serving.begin(other, handle.plan)
+            if fails:
+                former.modules["decode"].forward = lambda *_, **__: 1 / 0
+        return scores
+
+    with pytest.warns(RuntimeWarning, match="the plan failed: .*ZeroDivision") if fails else nullcontext():
+        assert greedy(watched, logits_processor=[switch]) == expected
+    assert (phases(watched), handle._serving.watch.served) == ([], 0)
+    assert greedy(watched) == expected
+    assert handle._serving.watch.served == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")

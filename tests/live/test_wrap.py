@@ -141,6 +141,28 @@ def test_calls_are_observed_until_there_are_enough(scripted: list[Transform], ob
     assert model.autotune.status.state == "tuned"
 
 
+@pytest.mark.parametrize("way", ["processor", "early exit", "assistant"])
+def test_a_call_within_another_one_is_not_observed(scripted: list[Transform], way: str) -> None:
+    """Tuning for it would wait for the outer call, in its own thread; and nobody asked for what an assistant drafts."""
+    model = wrapped(tiny("llama"), workload=None, when="manual" if way == "assistant" else "blocking", observe=2)
+    observer, main = model.autotune._tuning._observer, tiny("llama")
+
+    def judge(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        greedy(model, ids, tokens=1)
+        return scores
+
+    match way:
+        case "processor":
+            greedy(model, logits_processor=[judge])
+        case "early exit":
+            greedy(model, assistant_early_exit=1)
+        case "assistant":
+            greedy(main, assistant_model=model)
+    assert model.autotune.status.state == ("waiting" if way == "assistant" else "observing")
+    assert observer.ready(1) is (way == "processor"), "the outer call alone counts; assisted decoding is no plan's"
+    assert not observer.ready(2)
+
+
 def test_background_tuning_ends_and_serves(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"), when="background")
     thread = model.autotune._tuning.thread

@@ -159,6 +159,40 @@ threading.Thread(target=serve).start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
+EXECUTOR = """
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from autotune.machine import ending
+
+def served():
+    answer = Future()
+
+    def serve():
+        while not ending.ends():
+            time.sleep(0.01)
+        answer.set_result(1)
+
+    assert ending.Worker(serve, "serving", serves=True).launch()
+    return answer.result()
+
+def ask():
+    print(served(), served())  # the second begins while the process ends
+
+def idle():
+    while True:
+        time.sleep(0.01)
+
+assert ending.Worker(idle, "at work").launch()
+assert ending.Worker(idle, "serving nobody", serves=True).launch()
+ThreadPoolExecutor(1).submit(ask)
+"""
+
+
+def test_an_executors_thread_that_python_waits_for_is_served_to_the_end() -> None:
+    done = run(EXECUTOR)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
+
+
 def test_a_worker_is_stopped_by_what_is_raised_in_it_and_forgets_its_work() -> None:
     begun, seen = threading.Event(), []
 

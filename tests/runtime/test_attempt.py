@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import autotune
 from autotune import transforms
 from autotune.errors import TransformError
+from autotune.model import seam
 from autotune.runtime import kernels
+from autotune.runtime.attempt import Attempt
 from autotune.runtime.cache import pool
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.variant import Transform
+from tests.fakes.cuda import FakeCuda
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_outside import LateError, alarm, busy, ring
 from tests.models import left_padded, tiny, token_prompts
@@ -193,6 +197,17 @@ def test_processors_and_criteria_of_the_callers_are_asked_once_a_token(
         results.append((answer(model, inputs=MANY, **options).tolist(), processor.asked, criterion.asked))
     assert results[0] == results[1]
     assert results[0][1:] == (6, 6)
+
+
+def test_tokens_that_an_engine_knows_on_the_host_are_repeated_on_the_device() -> None:
+    """The scores that they are scattered into are there."""
+    held = torch.tensor([[1, 2, 3, 4]])
+    options = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
+    call = seam.Sampling(tiny("llama"), held[:, :2].to("meta"), options | {"generation_config": GenerationConfig()}, {})
+    attempt = Attempt(call, FakeCuda())
+    attempt.call.criteria.told = SimpleNamespace(ids=held)
+    tokens = attempt._tokens()
+    assert (tokens.device, tokens.shape) == (torch.device("meta"), (1, 2))
 
 
 FORWARDS: dict[str, dict[str, Any]] = {

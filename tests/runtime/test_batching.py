@@ -185,7 +185,7 @@ class Streamer:
 
     def __init__(self, most: int = 1000) -> None:
         self.most, self.tokens, self.threads = most, list[int](), set[int]()
-        self.ended = False
+        self.ended = self.never_waits = False
 
     def put(self, value: torch.Tensor) -> None:
         self.tokens += value.flatten().tolist()
@@ -450,6 +450,18 @@ def broken_after(calls: int) -> LogitsProcessorList:
 )
 def test_a_caller_with_a_fault_hurts_itself_alone(variant: Variant, alone: Variant, options: dict[str, Any]) -> None:
     require_others_unhurt(variant, alone, options, ZeroDivisionError)
+
+
+@needs_kernels
+@pytest.mark.parametrize("most", [5, 9, 34], ids=["first token", "a token", "last token"])
+def test_a_streamer_that_raises_in_the_engines_thread_hurts_its_caller_alone(
+    variant: Variant, alone: Variant, most: int
+) -> None:
+    streamer = Streamer(most)
+    streamer.never_waits = True
+    require_others_unhurt(variant, alone, {"streamer": streamer}, ConnectionError)
+    assert len(streamer.threads) == 2, "the engine handed its tokens to its own thread"
+    assert engine_of(variant).sequences.rows == [None] * ROWS
 
 
 def require_others_unhurt(variant: Variant, alone: Variant, options: dict[str, Any], error: type[Exception]) -> None:
@@ -1243,8 +1255,6 @@ def test_steps_are_recorded_anew_once_weights_have_moved(alone: Variant) -> None
     assert isinstance(made.step, StepPrograms)
     expected = answer(serving(alone), prompt(9), 8)
     assert answer(serving(made), prompt(9), 8) == expected
-    if (worker := engine_of(made)._worker) is not None:  # it delivers the answer before it ends
-        worker.join(20)
     old = made.step.programs
     Original(model).release(made)
     with mock.patch.object(Program, "run", autospec=True, side_effect=Program.run) as run:

@@ -239,6 +239,37 @@ def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
     assert len(variant.caches._idle[1]) == 2, "threads multiply caches"
 
 
+def test_graphs_are_replayed_while_another_model_s_step_is_compiled(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, begun, answered, outcome = (
+        serving(graphed(tiny("llama"))),
+        threading.Event(),
+        threading.Event(),
+        list[str](),
+    )
+    expected = ask(served)
+
+    def compiling(*_: Any) -> torch.Tensor:
+        begun.set()
+        outcome.append("answered" if answered.wait(30) else "waited")  # a compiler takes minutes
+        raise RuntimeError("no such operator")
+
+    def compile_another() -> None:
+        plan = CompileStep(phase="decode", mode="reduce-overhead")
+        with pytest.raises(TransformError, match="no such operator"):
+            Variant(tiny("qwen3")).with_transform(plan)
+
+    monkeypatch.setattr(InductorGraphStep, "_call", compiling)
+    thread = threading.Thread(target=compile_another)
+    thread.start()
+    assert begun.wait(60)
+    assert torch.equal(ask(served), expected)
+    answered.set()
+    thread.join()
+    assert outcome == ["answered"]
+
+
 def test_threads_do_not_replay_at_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """One has copied its inputs in and not yet its result out; the other waits, and must."""
     assert not overlapping(monkeypatch, 0.2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 
 import pytest
 
+from autotune.errors import StateError
 from autotune.machine.ending import Cancelled
 from autotune.runtime.traffic import PATIENCE_S, SHARE, Traffic
 
@@ -280,3 +282,97 @@ def test_a_plan_that_went_out_of_service_pauses_nobody() -> None:
     assert stepped.wait(WAIT_S)
     request.join(WAIT_S)
     stepping.join(WAIT_S)
+
+
+# A step that needs a moment without requests
+
+
+def holding(traffic: Traffic, steps: list[str]) -> threading.Thread:
+    """A step that does not pause and holds new requests up already."""
+
+    def step() -> None:
+        with traffic.step(pauses=False):
+            steps.append("step")
+
+    thread = start(step)
+    while not traffic._held_up_by:
+        assert thread.is_alive()
+    return thread
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_step_that_does_not_pause_holds_up_new_requests_and_none_within_others() -> None:
+    traffic, engine, seen = Traffic(), Engine(), list[str]()
+    traffic.pause_by(lambda: engine.pause)
+
+    def late() -> None:
+        with traffic.request():
+            seen.append("request")
+
+    with traffic.request():
+        stepping = holding(traffic, seen)
+        newcomer = start(late)
+        within = copy_context()  # an engine's thread calls a caller's objects in the caller's context
+        late()
+        start(lambda: within.run(late)).join(WAIT_S)
+        assert seen == ["request"] * 2
+        assert newcomer.is_alive()
+    for thread in (stepping, newcomer):
+        thread.join(WAIT_S)
+    assert seen == ["request", "request", "step", "request"]
+    assert engine.count == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_request_is_not_held_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is under way may wait for it in another thread."""
+    monkeypatch.setattr("autotune.runtime.traffic.HELD_S", 0.01)
+    traffic, seen = Traffic(), list[str]()
+
+    def late() -> None:
+        with traffic.request():
+            seen.append("request")
+
+    with traffic.request():
+        stepping = holding(traffic, seen)
+        start(late).join(WAIT_S)
+    stepping.join(WAIT_S)
+    assert seen == ["request", "step"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_step_in_progress_makes_its_requests_while_another_one_holds_new_ones_up() -> None:
+    traffic, seen = Traffic(), list[str]()
+    over = threading.Event()
+
+    def endless() -> None:
+        with traffic.request():
+            over.wait(WAIT_S)
+
+    engine = Engine()
+    traffic.pause_by(lambda: engine.pause)
+    thread = start(endless)
+    while traffic.begun < 1:
+        assert thread.is_alive()
+    stepping = holding(traffic, seen)
+    with traffic.step(), traffic.request():
+        assert seen == []
+    over.set()
+    for each in (thread, stepping):
+        each.join(WAIT_S)
+    assert seen == ["step"]
+
+
+def test_a_step_within_a_request_that_it_would_wait_for_is_refused() -> None:
+    traffic, other = Traffic(), Traffic()
+    with traffic.request():
+        assert (traffic.is_inside(), other.is_inside()) == (True, False)
+        kept = copy_context()
+        for pauses in (True, False):
+            with pytest.raises(StateError, match="within a call"), traffic.step(pauses=pauses):
+                pass
+        with other.step():
+            pass
+    assert not kept.run(traffic.is_inside), "the request is over"
+    with traffic.step():
+        pass

@@ -1,1 +1,1 @@
-"""Watches a committed plan: `canary` keeps and scores calls, `drift` and `paces` detect change, `breaker` opens."""
+"""Watches a committed plan: `canary` scores calls, `drift` and `paces` detect change, `service` takes it out."""

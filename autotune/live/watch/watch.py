@@ -2,33 +2,31 @@
 
 Every call's time per token is compared with what was measured at commit. A small share of calls is scored again: a few
 served tokens are kept, and when no request is in flight, the plan's logits for them are compared with the original's.
-A problem opens a circuit breaker. Every transition of the breaker is an event, as is a plan that became slower but is
-faster than the original was.
+What is found takes the plan out of service, or puts it back (`service`). A plan that became slower, but is faster than
+the original was, is an event and no more.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...machine import ending, forking
+from ...machine import ending
 from ...machine.ending import Cancelled
 from ...model import twins
 from ...runtime import dispatch
 from ...runtime.token_clock import TokenClock
 from ...runtime.variant import Variant
-from ...tune import store
 from ...validate.tiers import TIERS
-from .breaker import Breaker, BreakerEvent, BreakerState, Cause, Event, Rules
+from .breaker import BreakerEvent, BreakerState, Cause, Event, Rules
 from .canary import Sample, graphs, score
-from .drift import Compilations, DivergenceCusum, describe
+from .drift import Compilations, DivergenceCusum
 from .paces import Kind, Paces
+from .service import PlanService
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -37,11 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("autotune")
 
 IDLE_SHARE = 0.05  # largest share of time spent on scoring calls again
-KEPT_EVENTS = 100  # latest events that are kept
 
 
-class Watch:
-    """Decides whether the committed plan may serve, call by call.
+class Watch(PlanService):
+    """Looks at the calls of the plan that serves: at their times, at what they compile, and at a share of the answers.
 
     Args:
         share: share of served calls that are scored again when the model is idle; 0 turns scoring off.
@@ -60,17 +57,11 @@ class Watch:
         chance: Callable[[], float] = random.random,
         changed: Callable[[Event], None] = lambda event: None,
     ) -> None:
+        super().__init__(rules or Rules(), clock, changed)
         self.share = share
-        self.rules = rules or Rules()
-        self.clock = clock
         self.chance = chance
-        self.changed = changed
-        self.breaker = Breaker()
-        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
-        self._lock = forking.free(threading.RLock())
         self._worker: ending.Worker | None = None
-        self._begin(None, None, lambda: None)
-        forking.tell(self)
+        self._look_at(None, lambda: None)
 
     def begin(
         self, variant: Variant, plan: Plan | None, obstacle: Callable[[], str | None], stored: bool = False
@@ -84,68 +75,26 @@ class Watch:
             stored: whether the plan is in the store, where its failures are then recorded.
         """
         with self._lock:
-            self._begin(variant, plan, obstacle)
-            self._stored = stored
+            self._enter(variant, plan, stored=stored)
+            self._look_at(plan, obstacle)
 
-    def _begin(self, variant: Variant | None, plan: Plan | None, obstacle: Callable[[], str | None]) -> None:
-        self._variant = variant
-        self._plan = plan
+    def _look_at(self, plan: Plan | None, obstacle: Callable[[], str | None]) -> None:
         self._obstacle = obstacle
-        self._stored = False
-        self._trial: int | None = None  # id of the thread that tries a plan again
-        self.breaker = Breaker(since_s=self.clock())
-        self.cause = Cause.FAILURE
         tier = plan.fingerprint.tier if plan else "strict"
         self.divergence = DivergenceCusum(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
         self._paces = Paces(plan.latency if plan else None)
         self._compilations = Compilations()
-        self._batches: dict[int, Breaker] = {}  # batch size -> breaker of a size that could not be prepared
         self._samples: deque[Sample] = deque(maxlen=1)
         self._latest: Sample | None = None
         self._rest_until_s = 0.0
         self.served = self.scored = 0
 
-    def after_fork(self) -> None:
-        """Give up the trials of the parent's threads, which nobody ends in a forked child."""
-        now, event = self.clock(), BreakerEvent.ABANDONED
-        self._trial = None
-        self.breaker = self.breaker.after(event, now, self.rules)
-        self._batches = {size: each.after(event, now, self.rules) for size, each in self._batches.items()}
-
     # Around a call
 
-    def admits(self, batch: int) -> bool:
-        """Whether the plan may serve this call. After the pause of an open breaker, one call at a time may try.
-
-        Args:
-            batch: number of the call's sequences.
-        """
-        with self._lock:
-            now, known = self.clock(), self._batches.get(batch, Breaker())
-            if known.phase is not BreakerState.CLOSED and not known.due(now):
-                return False
-            if self.breaker.phase is not BreakerState.CLOSED:
-                if not self.breaker.due(now):
-                    return False
-                if self.cause.is_of_answers:
-                    self._work_when_idle()
-                    return False
-                self._step(BreakerEvent.ASKED, "one call tries the plan again")
-            if batch in self._batches:
-                self._batches[batch] = known.after(BreakerEvent.ASKED, now, self.rules)
-            return True
-
-    def open(self) -> bool:
-        """Whether the plan is out of service for calls that cannot be a trial."""
-        return self.breaker.phase is not BreakerState.CLOSED
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether the plan is out of service because its calls took longer, which may be the machine's fault."""
-        return self.open() and self.cause is Cause.LATENCY
-
     def serve(self, variant: Variant, call: Sampling, is_crowded: Callable[[], bool] = lambda: False) -> Any:
-        """Run a call with the plan's variant, time it and perhaps keep it to be scored again.
+        """Run a call with a plan's variant, time it and perhaps keep it to be scored again.
+
+        If another variant serves by the time the call ends, it says nothing about that one.
 
         Args:
             is_crowded: whether other calls were under way meanwhile; then its time says nothing about the plan.
@@ -156,6 +105,8 @@ class Watch:
         before = graphs()
         result = dispatch.sample(variant, call.with_streamer(tokens))
         with self._lock:
+            if variant is not self._variant:
+                return result
             self.served += 1
             self._note_batch(call, BreakerEvent.SERVED)
             if self.breaker.phase is BreakerState.HALF_OPEN:
@@ -179,46 +130,10 @@ class Watch:
         tokens = TokenClock(call.streamer, self.clock)
         result = call.with_streamer(tokens).original()
         with self._lock:
-            if numbers := paces.acquitted(tokens):
+            if paces is self._paces and (numbers := paces.acquitted(tokens)):
                 reason = "the original is no faster: it is the machine that became slower"
                 self._step(BreakerEvent.CLEARED, reason, numbers)
         return result
-
-    def failed(
-        self,
-        reason: str,
-        cause: Cause = Cause.FAILURE,
-        numbers: Mapping[str, float] | None = None,
-        call: Sampling | None = None,
-    ) -> None:
-        """Take a plan that failed out of service, for a while or permanently.
-
-        Args:
-            call: the one that failed; a trial of its batch size has shown nothing then.
-        """
-        with self._lock:
-            if call is not None:
-                self._note_batch(call, BreakerEvent.ABANDONED)
-            if self._counts():  # else a call from before it opened would say why it did
-                self.cause = cause
-            self._step(BreakerEvent.FAILED, reason, numbers or {})
-
-    def unready(self, call: Sampling) -> None:
-        """Keep calls of this batch size from the plan, for a while or permanently: it could not be prepared for them.
-
-        Calls of other batch sizes are still served.
-        """
-        with self._lock:
-            self._batches.setdefault(call.input_ids.shape[0], Breaker(since_s=self.clock()))
-            self._note_batch(call, BreakerEvent.FAILED)
-            self._step(BreakerEvent.ABANDONED, "the trial call could not be prepared for")
-
-    def abandoned(self, call: Sampling | None = None) -> None:
-        """Record that the caller ended a call early, which says nothing about the plan."""
-        with self._lock:
-            if call is not None:
-                self._note_batch(call, BreakerEvent.ABANDONED)
-            self._step(BreakerEvent.ABANDONED, "the trial call was given up by its caller")
 
     def summary(self) -> str:
         """Describe in a sentence what is watched and what was seen."""
@@ -309,8 +224,6 @@ class Watch:
             with self._lock:
                 self._step(BreakerEvent.UNDECIDED, f"the kept call could not be scored again: {type(error).__name__}")
 
-    # What follows
-
     def _note_pace(self, call: Sampling, tokens: TokenClock) -> None:
         if numbers := self._paces.slowed(Kind.of(call), tokens):
             reason = f"tokens take longer than at commit, at batch {call.input_ids.shape[0]}"
@@ -319,37 +232,3 @@ class Watch:
                 log.warning("%s; the plan serves on", said)
             else:
                 self.failed(reason, Cause.LATENCY, numbers)
-
-    def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
-        batch = call.input_ids.shape[0]
-        if (known := self._batches.get(batch)) is not None:
-            self._batches[batch] = known.after(event, self.clock(), self.rules)
-
-    def _counts(self) -> bool:
-        """Whether a failure in this thread opens the breaker."""
-        phase = self.breaker.phase
-        return phase is BreakerState.CLOSED or (phase is BreakerState.HALF_OPEN and self._is_trial())
-
-    def _is_trial(self) -> bool:
-        return threading.get_ident() == self._trial
-
-    def _step(self, event: BreakerEvent, reason: str, numbers: Mapping[str, float] | None = None) -> None:
-        before, now = self.breaker, self.clock()
-        if before.phase is BreakerState.HALF_OPEN and not self._is_trial():
-            return  # a call from before it opened says nothing about the trial
-        self.breaker = after = before.after(event, now, self.rules)
-        if after.phase == before.phase:
-            return
-        self._trial = threading.get_ident() if after.phase is BreakerState.HALF_OPEN else None
-        noted = self._record(reason, numbers)
-        log.warning("the plan's circuit breaker is %s: %s", after.phase, noted.reason)
-        if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:
-            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else noted.reason)
-        self.changed(noted)
-
-    def _record(self, reason: str, numbers: Mapping[str, float] | None) -> Event:
-        """Add an event to those that are kept, with the breaker's state since."""
-        said = f"{reason} ({describe(numbers)})" if numbers else reason
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self.events.append(event := Event(moment, self.breaker.phase, said, dict(numbers or {})))
-        return event

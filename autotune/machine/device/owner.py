@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, TypeVar
 
 from .. import ending, forking
@@ -49,11 +49,15 @@ class GraphThread:
         self._thread: ending.Worker | None = None
         self._starting = forking.lock()
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[[], T], *, queued: bool = True) -> T:
         """Run `work` on the owner thread, after what the caller queued before and ahead of what it queues later.
 
         Tensors that `work` reads or writes for the caller must belong to the caller: their memory is then freed in the
         order of the caller's stream.
+
+        Args:
+            queued: whether nobody else may queue work for the device meanwhile, and `work` queues on the device's own
+                stream. Not for a compilation, which takes minutes, in which other threads go on replaying graphs.
 
         Raises:
             DeviceError: the device is dead. Exceptions of `work` are raised, too.
@@ -66,7 +70,10 @@ class GraphThread:
         before, done = self.device.mark(), Future[tuple[T, Any]]()
 
         def ordered() -> tuple[T, Any]:
-            with self.device.queueing, self.device.stream():
+            with ExitStack() as held:
+                if queued:
+                    held.enter_context(self.device.queueing)
+                    held.enter_context(self.device.stream())
                 self.device.wait(before)
                 return work(), self.device.mark()
 
@@ -80,7 +87,7 @@ class GraphThread:
         with self._starting:
             if self._thread is None or not self._thread.is_alive():  # none is alive after a fork
                 name = f"autotune graphs {self.device.where}"
-                worker = ending.Worker(self._serve, name, stop=lambda: self._work.put(None))
+                worker = ending.Worker(self._serve, name, stop=lambda: self._work.put(None), serves=True)
                 if not worker.launch():
                     return False
                 self._thread = worker

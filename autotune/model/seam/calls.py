@@ -109,6 +109,11 @@ class Sampling:
         """The cache that generate prepared or was given; None if forward is to make one (5.0)."""
         return cache_in(self.model_kwargs)
 
+    @property
+    def is_draft(self) -> bool:
+        """Whether an assistant makes it, to guess tokens of another call."""
+        return bool(self.settings.is_assistant)
+
     def has_callers_cache(self) -> bool:
         """Whether the caller passed the cache."""
         return bool(getattr(self.cache, "_is_user_defined", False))
@@ -158,7 +163,7 @@ class Sampling:
             return "use_cache=False"
         if settings.cache_implementation is not None:
             return f"cache_implementation={settings.cache_implementation!r}"
-        if self.options.get("synced_gpus") or settings.prefill_chunk_size is not None or settings.is_assistant:
+        if self.options.get("synced_gpus") or settings.prefill_chunk_size is not None or self.is_draft:
             return "chunked, synchronised or assistant generation"
         return None
 

@@ -148,7 +148,7 @@ class Engine:
             self._waiting.append(request)
             if self._worker is None:
                 run = partial(self._run, torch.get_num_threads())  # a new thread may begin with another number
-                worker, launched = ending.Worker(run, "autotune-engine", stop=self._stop), False
+                worker, launched = ending.Worker(run, "autotune-engine", stop=self._stop, serves=True), False
                 try:
                     launched = worker.launch()
                 finally:
@@ -182,7 +182,6 @@ class Engine:
         try:
             device = self.variant.device
             with torch.no_grad(), intraop.computing_with(threads), device.current(), device.guard():
-                self.sequences.renew()
                 while self._has_turn():
                     try:
                         self._turn()

@@ -170,9 +170,9 @@ class Request:
 
     def hand_on(self) -> None:
         """Give the caller the tokens since the last time. A thread that wakes wants the interpreter's lock."""
-        for token in self._kept_back:
+        tokens, self._kept_back = self._kept_back, []  # none is shown again after a streamer raised
+        for token in tokens:
             self._show(token) if self._at_once else self._events.put(token)
-        self._kept_back.clear()
 
     def _show(self, token: int) -> None:
         self.call.streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))

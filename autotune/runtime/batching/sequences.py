@@ -69,10 +69,6 @@ class Sequences:
         for row in range(most):
             self._cache.leave(row)
 
-    def renew(self) -> None:
-        """Look up steps anew: they hold weights' addresses, which may change while no sequence is under way."""
-        self._steps.clear()
-
     @property
     def free(self) -> int:
         """Number of free rows."""
@@ -177,15 +173,25 @@ class Sequences:
             self._fail_rows(error)
             return
         self.together[together] += 1
-        grown: list[tuple[Request, bool]] = []
+        grown: list[tuple[int, Request, bool]] = []
         try:
             for row, choice in enumerate(choices):
                 if (request := self.rows[row]) is not None and choice is not None:
-                    grown.append((request, self._grow(row, request, choice)))
+                    grown.append((row, request, self._grow(row, request, choice)))
         finally:  # all at last: a caller that wakes takes the interpreter's lock at the next operator
             with bells.together():
-                for request, is_finished in grown:
-                    request.finish() if is_finished else request.hand_on()
+                for row, request, is_finished in grown:
+                    self._hand_on(row, request, is_finished)
+
+    def _hand_on(self, row: int, request: Request, is_finished: bool) -> None:
+        """Give a caller its tokens, and the end of its sequence if that is finished."""
+        try:
+            request.finish() if is_finished else request.hand_on()
+        except Exception as error:  # of the caller's streamer: the others wait for their tokens, too
+            outside.pass_on(error)
+            if self.rows[row] is request:
+                self._leave(row)
+            request.fail(error)
 
     def _grow(self, row: int, request: Request, choice: int | Exception) -> bool:
         """Append a token to a row's sequence. Returns whether that is finished; then the row is free."""
@@ -248,3 +254,5 @@ class Sequences:
         self.tokens[row] = 0
         self._cache.leave(row)
         self.rows[row] = None  # last: a request whose row cannot be freed can still be failed
+        if not self.used:
+            self._steps.clear()  # they hold weights' addresses, which may change while no sequence is under way

@@ -2,14 +2,15 @@
 
 Inductor keeps the state of its graphs ("CUDA graph trees") per thread, so every step runs on the device's owner thread.
 The next step overwrites the memory of a result, so results are copied out. Inductor copies an input at every step
-unless its address is marked as constant. Keys and values are marked. Compiling and capturing are one call, which takes
-too long to keep live requests waiting, so it runs beside them.
+unless its address is marked as constant. Keys and values are marked. The first call compiles, which takes too long to
+keep live requests waiting, so it runs beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from ...machine.device import Device
 
-WARM_UPS = 3  # calls before use: the first compiles, the second warms up, the third records
+WARM_UPS = 2  # calls after the one that compiles, before use: the first warms up, the second records
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ class InductorGraphStep(DecodeSteps):
         token = torch.zeros(cache.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
         _pin(cache)
 
-        def record() -> torch.Tensor:
+        def called(times: int) -> torch.Tensor:
             with layers_as_regions(self.module, self.regions):
-                for _ in range(WARM_UPS):
+                for _ in range(times):
                     logits = self._call(function, token, token.clone(), cache)
             return torch.empty_like(logits)
 
         try:
-            self._steps[cache.layout] = _Compiled(function, self.device.owner.run(record))
+            self.device.owner.run(partial(called, 1), queued=False)  # compiles
+            self._steps[cache.layout] = _Compiled(function, self.device.owner.run(partial(called, WARM_UPS)))
         except AutotuneError:
             raise
         except Exception as error:  # dynamo, inductor and Triton may raise anything
