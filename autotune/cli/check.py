@@ -53,8 +53,11 @@ def run(args: Namespace) -> int:
     """Check a model against a baseline. Returns the verdict's exit code."""
     from ..compare.check import load as load_baseline
     from ..compare.check import run as check
+    from ..compare.check.checking import require_answers
 
+    measure_latency, against = False if args.no_latency else None, args.against is not None
     base = load_baseline(args.baseline)  # fails before minutes of loading
+    require_answers(base, args.tier, max_slowdown=args.max_slowdown, measure_latency=measure_latency, against=against)
     plan = plan_of(args.plan)
     with shown(None) as progress:
         model, tokenizer = _load(args.model, args, progress.update)
@@ -62,7 +65,7 @@ def run(args: Namespace) -> int:
         subject: PreTrainedModel | Variant = model
         if args.policy is not None:
             subject = _tuned(model, tokenizer, args.policy, tuning, progress.update)
-        rival = _load(args.against, args, progress.update)[0] if args.against else None
+        rival = _load(args.against, args, progress.update)[0] if against else None
         result = check(
             subject,
             base,
@@ -70,7 +73,7 @@ def run(args: Namespace) -> int:
             plan=plan,
             tier=args.tier,
             max_slowdown=args.max_slowdown,
-            measure_latency=False if args.no_latency else None,
+            measure_latency=measure_latency,
             against=rival,
             workload=args.prompts,
             tuning_prompts=tuning,

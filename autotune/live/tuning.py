@@ -23,6 +23,7 @@ from ..runtime.variant import Variant
 from ..workload import Observer, Workload
 from .again import Again
 from .status import State
+from .winner import EXPERIMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -278,8 +279,12 @@ class Tuning:
         self._winner.replaced(tuned, revision)
         if self._quiet and tuned.doubt is not None:  # a progress callback got this message already
             log.warning("%s. This is not kept as a plan: %s", tuned.verdict, tuned.doubt)
-        if options.keep_original is not True:
-            self._winner.send_away(park=options.keep_original == "parked")
+        if options.keep_original is True:
+            return
+        if route.has_layers(self._model):
+            log.warning("the original stays beside the plan: %s", EXPERIMENT)
+            return
+        self._winner.send_away(park=options.keep_original == "parked")
 
     def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
         """Serve with a proven variant while tuning goes on, unless the model changed or was rolled back meanwhile."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
+EXPERIMENT = "an experiment runs on the model, whose candidates may share the original's weights"
+
 
 class Winner:
     """The winner of tuning: puts it into service, and frees or brings back the original's weights beside it.
@@ -97,6 +99,8 @@ class Winner:
             return
         if self._traffic.cancelled:
             raise StateError("the model was unwrapped; wrap it again to commit a plan without its original")
+        if route.has_layers(self._model):
+            raise StateError(f"{EXPERIMENT}; end it first")
         variant = self.tuned.variant
         if place is Residence.RESIDENT and not releasable_bytes(self._model, variant):
             log.info("the original stays: the plan uses all of its weights")

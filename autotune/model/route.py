@@ -69,6 +69,11 @@ def remove_layer(model: PreTrainedModel, layer: Router) -> None:
     _settle(model)
 
 
+def has_layers(model: PreTrainedModel) -> bool:
+    """Whether something routes this object's calls before the router, as an experiment does."""
+    return bool(model.__dict__.get(LAYERS))
+
+
 def below(model: PreTrainedModel, layer: Router | None = None) -> Router:
     """Who serves the calls that `layer` passes on: the next layer, the router or the plain model.
 
@@ -83,7 +88,7 @@ def below(model: PreTrainedModel, layer: Router | None = None) -> Router:
 
 
 def _settle(model: PreTrainedModel) -> None:
-    if not model.__dict__.get(LAYERS):
+    if not has_layers(model):
         model.__dict__.pop(LAYERS, None)
         if SLOT not in model.__dict__:
             model.__class__ = bare_class(model)

@@ -112,6 +112,7 @@ class SamplingDefaults:
             "min_length": 0,  # a number makes a processor
             "num_beams": 1,
             "num_return_sequences": 1,
+            "return_dict_in_generate": False,
             "stop_strings": None,
             "do_sample": temperature > 0,
             "eos_token_id": sorted(self.eos) if self.eos and not body.ignore_eos else [self._vocabulary],  # or no token

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from autotune.live.handle import Handle
-from tests.models import EOS, PAD, VOCABULARY
+from tests.models import EOS, PAD, VOCABULARY, tiny
 from tests.serve.engines import (
     PROMPTS,
     ROWS,
@@ -160,6 +160,13 @@ def test_an_answer_has_as_many_tokens_as_it_may(server: Running, asked: int | No
     assert answer.json()["usage"]["completion_tokens"] == tokens
     assert answer.json()["choices"][0]["finish_reason"] == "length"
     assert text(answer) == drawn(server, {"do_sample": False, "max_new_tokens": tokens})
+
+
+def test_a_model_that_returns_dictionaries_is_served() -> None:
+    model = tiny("llama")
+    model.generation_config.return_dict_in_generate = True
+    with running(model) as server:
+        assert post(server, PROMPT, 3).json()["usage"]["completion_tokens"] == 3
 
 
 def test_an_answer_without_a_limit_ends_with_the_context(server: Running) -> None:

@@ -26,7 +26,7 @@ from ...validate.timing import Clock
 from ...workload import METRICS, prompts
 from . import harness, pace, subject, tasks
 from .baseline import Baseline, LatencySamples
-from .examine import Examined, RecordedExam, examine, judge, judge_free
+from .examine import NARROW, Examined, RecordedExam, examine, judge, judge_free, require_steps
 from .folder import load
 from .localise import Decode, Localised, layer_shifts, localise
 from .recording import buckets
@@ -102,14 +102,10 @@ def run(
     variant = model if isinstance(model, Variant) else subject.serving(model, plan)
     asked = None if workload is None else prompts.parse(workload, tokenizer)
     subject.require_comparable(base, variant.original, tokenizer, asked)
-    if measure_latency is None:
-        measure_latency = bool(base.pace) or max_slowdown is not None or against is not None
+    measure_latency = require_answers(
+        base, tier, max_slowdown=max_slowdown, measure_latency=measure_latency, against=against is not None
+    )
     rival = None if against is None else _rival(base, against)
-    if measure_latency and rival is None and not base.pace:
-        raise BaselineError(
-            "latency cannot be checked, because it was not recorded: record the baseline again with latency, or give "
-            "the recorded model to time against (--against, against=)"
-        )
     exam = RecordedExam.of(base, variant, tier)
     found = examine(exam, variant, notify)
     quality = judge(exam, found, tier)
@@ -133,6 +129,29 @@ def run(
         environment={"recorded": codec.encode(base.environment), "here": codec.encode(here)},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def require_answers(
+    base: Baseline, tier: str, *, max_slowdown: float | None, measure_latency: bool | None, against: bool
+) -> bool:
+    """Whether latency is to be checked; that the baseline has what a check needs, before a model is loaded for it.
+
+    Args:
+        against: whether the recorded model is there to be timed.
+        base, tier, max_slowdown, measure_latency: as for `run`.
+
+    Raises:
+        BaselineError: latency was asked for, but not recorded, or the tier needs steps that were not recorded.
+    """
+    if measure_latency is None:
+        measure_latency = bool(base.pace) or max_slowdown is not None or against
+    if measure_latency and not against and not base.pace:
+        raise BaselineError(
+            "latency cannot be checked, because it was not recorded: record the baseline again with latency, or give "
+            "the recorded model to time against (--against, against=)"
+        )
+    require_steps(base, tier, narrow=base.subject.dtype in NARROW)
+    return measure_latency
 
 
 def _quality_metrics(base: Baseline, exam: RecordedExam, found: Examined, quality: Quality, tier: str) -> list[Metric]:

@@ -14,7 +14,7 @@ from ...runtime.variant import Variant
 from ...validate import Quality, Verdict
 from ...validate.divergence import Divergence, find_defect
 from ...validate.exam import Exam
-from ...validate.quality import answers, decide, require_alike, write_free
+from ...validate.quality import FULL_BYTES, answers, decide, require_alike, write_free
 from ...validate.score import CandidateError, OutputError, Served
 from ...validate.tally import Tally, summarise
 from ...validate.texts import Text
@@ -48,12 +48,8 @@ class RecordedExam(Exam):
         Raises:
             BaselineError: steps were not recorded, but the tier needs them.
         """
+        require_steps(baseline, tier, narrow=variant.original.dtype.itemsize < FULL_BYTES)
         is_stepped = tier == "lossless" and bool(baseline.stepped)
-        if tier == "lossless" and baseline.subject.dtype in NARROW and not is_stepped:
-            raise BaselineError(
-                f"tier lossless compares decoding steps in {baseline.subject.dtype} with recorded steps, which an "
-                "earlier version did not record: record the baseline again, or choose tier strict"
-            )
         asked = baseline.questions
         return cls(
             variant.original,
@@ -83,6 +79,19 @@ class RecordedExam(Exam):
         flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
         dense = self.compacts[group].dense(self.vocabulary, flat)
         return dense.reshape(len(group), -1, self.vocabulary).to(self.original.device)
+
+
+def require_steps(baseline: Baseline, tier: str, *, narrow: bool) -> None:
+    """Raise BaselineError if a tier compares steps with steps, as "lossless" does in 16-bit types, and there are none.
+
+    Args:
+        narrow: whether the model computes in a 16-bit type; its logits may be FP32 all the same.
+    """
+    if tier == "lossless" and narrow and not baseline.stepped:
+        raise BaselineError(
+            "tier lossless compares decoding steps of a 16-bit model with recorded steps, which an earlier version did "
+            "not record: record the baseline again, or choose tier strict"
+        )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
     if plan is not None:
-        return plan.apply(model)
+        plan.require(fingerprint.of_model(route.bare(model) if route.is_routed(model) else model))
+        return plan.apply(model, check=False)
     return serving_variant(model) if route.is_routed(model) else Variant(model)
 
 

@@ -114,6 +114,8 @@ def _named(where: str, name: str, text: str) -> GivenArm:
             return GivenArm(name, "policy", policies.load(text))
         if path.is_dir() or path.suffix == ".gguf" or os.sep in text:
             return GivenArm(name, "checkpoint", load.locate(text))
+    except OSError as error:
+        raise ExperimentError(f"{where}: {path} cannot be read: {error.strerror}") from error
     except AutotuneError as error:
         raise ExperimentError(f"{where}: {error}") from error
     known = policies.available()

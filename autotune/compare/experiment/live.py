@@ -16,7 +16,7 @@ from ...model import route, seam
 from ...model.revision import Revision
 from ...tune import codec
 from ...workload import Workload
-from .arms import Arm, ArmBuilder, is_same
+from .arms import Arm, ArmBuilder
 from .given import CONTROL, GivenArm
 from .guardrails import Figures, Finding
 from .sequential import Moments
@@ -133,8 +133,8 @@ class Layer(ABC):
         self._control_arm, self._arms, self._revision = arms_of(experiment, model, names)
 
     def change(self) -> str | None:
-        """Why candidates made from the live model are not comparable with it any more: it was edited since. Or None."""
-        change = None if self._revision is None else self._revision.changed()
+        """Whether the live model was edited since: it is another control then, and candidates made from it mix both."""
+        change = self._revision.changed()
         return None if change is None else f"the model changed ({change})"
 
     @abstractmethod
@@ -168,14 +168,8 @@ class Layer(ABC):
         return route.below(self._model, self).other_loop(name)
 
 
-def arms_of(
-    experiment: Setup, model: PreTrainedModel, names: Sequence[str]
-) -> tuple[Arm, dict[str, Arm], Revision | None]:
-    """Build the live model's arm, and the candidates' arms by name.
-
-    Returns:
-        Both, and the state that the live model had before; None if no candidate is made from it.
-    """
+def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm], Revision]:
+    """Build the live model's arm, and the candidates' arms by name. Also returns the live model's state before."""
     from ...errors import UnsupportedModelError
     from ...tune.supported import unsupported
 
@@ -190,8 +184,7 @@ def arms_of(
     for name, arm in built.items():
         if problem := arm.problem or arm.unjudged:
             raise ExperimentError(f"candidate {name!r} cannot answer the live model's calls: {problem}")
-    is_own = any(arm.variant is not None and is_same(arm.variant.original, model) for arm in built.values())
-    return bench.control(GivenArm(CONTROL, "model", bare)), built, revision if is_own else None
+    return bench.control(GivenArm(CONTROL, "model", bare)), built, revision
 
 
 def overall(candidates: Sequence[Standing]) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from ...runtime.batching.terms import CURRENT
 from ...runtime.token_clock import TokenClock
 from ...tune import codec
 from . import guardrails, ramp
+from .arms import is_same
 from .guardrails import STANDARD, Guardrail
 from .live import Layer, LiveState, LiveStatus, Record, Standing, log, sentences
 from .ramp import Ramp, RampProgress, RampState, rolled_back
@@ -90,6 +91,7 @@ class Split(Layer):
         self._arm = self._arms[names[0]]
         assert self._arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
         self._variant: Variant = self._arm.variant
+        self._is_derived = is_same(self._variant.original, model)  # and an edit of the model mixes old and new weights
         self._key = key
         self._clock = clock
         self._lock = forking.lock()
@@ -109,6 +111,7 @@ class Split(Layer):
         """Begin at the share that an earlier process reached."""
         route.add_layer(self._model, self)
         self._running = True
+        self._save()  # and learn what another process has done
         self._save("started", f"{self._arm.name} gets {self.share:.0%} of requests; {'; '.join(self.status_bounds)}")
         return self
 
@@ -150,7 +153,6 @@ class Split(Layer):
 
     def rollback(self, reason: str = "asked for") -> None:
         """Give the candidate no more requests until `resume` is called."""
-        self._save()  # and learn of another process's resumption, which is not meant to undo this
         with self._lock:
             self._progress = rolled_back(self._progress, reason)
         self._save(RampState.ROLLED_BACK, reason)
@@ -261,7 +263,7 @@ class Split(Layer):
             return "argument inputs_embeds"
         if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
-        return dispatch.unsupported(self._variant, call) or self.change()
+        return dispatch.unsupported(self._variant, call) or (self.change() if self._is_derived else None)
 
     def _measured(
         self, call: seam.Sampling, tokens: TokenClock, start_s: float, result: Any
@@ -316,7 +318,8 @@ class Split(Layer):
         while later := self._save_unless_behind(self._progress):
             with self._lock:
                 is_news = later.turns > self._progress.turns
-                self._progress = later if is_news else self._progress
+                if is_news:  # a roll-back now comes after what another process has done, a resumption too
+                    self._progress = rolled_back(later, text) if kind == RampState.ROLLED_BACK else later
             if is_news:
                 log.warning("split %s: another process has left it %s: %s", self.name, later.state, later.reason)
 

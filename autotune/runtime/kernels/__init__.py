@@ -47,6 +47,7 @@ __all__ = [
     "attend_one",
     "available",
     "free_kept",
+    "least_digits",
     "no_bf16_unit",
     "no_byte_unit",
 ]

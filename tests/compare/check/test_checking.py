@@ -223,6 +223,14 @@ def test_steps_that_were_not_recorded_are_not_taken_for_compared(narrow_folder):
     assert check.run(narrow(), earlier, tier="strict").verdict is Verdict.PASS
 
 
+def test_a_16_bit_model_with_logits_in_fp32_needs_steps_too(tmp_path):
+    model = tiny("mamba").to(torch.bfloat16)
+    recorded = check.record(model, tmp_path / "mamba", prompts=token_prompts(18, 40), latency=False)
+    assert (recorded.subject.dtype, bool(recorded.stepped)) == ("float32", True)
+    with pytest.raises(BaselineError, match="record the baseline again"):
+        check.run(model, replace(recorded, stepped=()), tier="lossless")
+
+
 def plan_for(model: Any, *transforms: Any) -> Plan:
     made_for = Fingerprint(of_model(model), "here", {}, "work", "policy", "strict")
     return Plan(made_for, transforms)
@@ -265,7 +273,7 @@ def test_what_is_left_to_the_original_says_why(baseline, model):
 
 
 def test_a_plan_for_another_model(baseline, model):
-    with pytest.raises(PlanError, match="was made for model"):
+    with pytest.raises(PlanError, match=r"was made for model .*; tune this model$"):
         check.run(model, baseline, plan=plan_for(tiny("qwen3")))
 
 

@@ -88,6 +88,12 @@ def test_latency_that_was_asked_for_is_not_left_out(work, options, said, capsys)
     assert said in capsys.readouterr().err
 
 
+def test_what_a_baseline_lacks_is_said_before_a_model_is_loaded(work, capsys):
+    argv = f"check run no/such/model --baseline {work}/base --max-slowdown 1%"
+    assert cli.main(argv.split()) == cli.USAGE
+    assert "latency cannot be checked" in capsys.readouterr().err
+
+
 POLICY = """
 name = "quick"
 description = "Nothing that could win on any machine"

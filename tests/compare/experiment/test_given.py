@@ -64,6 +64,7 @@ def test_a_wrapped_model_stands_for_the_model_as_it_is() -> None:
         (MODEL, {"a": "int8"}, "candidate 'a': there is no policy 'int8'; available: balanced"),
         (MODEL, {"a": "no/such/model/here"}, "candidate 'a': there is no file or directory"),
         (MODEL, {"a": "gone.json"}, "candidate 'a': gone.json cannot be read: No such file"),
+        (MODEL, {"a": "b" * 300}, "b cannot be read: File name too long"),
         (MODEL, {"a": 7}, "candidate 'a' is of type int; expected a Variant"),
         (MODEL, {"a": [THREADS, "threads"]}, "candidate 'a' is of type list; expected a Variant"),
         (MODEL, {"a": plain_module()}, "candidate 'a': Sequential is not a transformers PreTrainedModel"),

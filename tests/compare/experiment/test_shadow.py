@@ -119,10 +119,12 @@ def test_corrupted_weights_are_found_and_nobody_notices(llama: PreTrainedModel, 
     assert wrapped == hasattr(llama, "autotune")
 
 
-def test_an_edit_of_the_live_model_is_not_held_against_a_candidate_made_from_it(
-    llama: PreTrainedModel, tmp_path: Path
+@pytest.mark.parametrize("candidate", [[WeightOnly("both", bits=8)], "another model"], ids=["made from it", "another"])
+def test_an_edit_of_the_live_model_is_not_held_against_a_candidate(
+    llama: PreTrainedModel, tmp_path: Path, candidate: Any
 ) -> None:
-    with experiment(tmp_path, same=[WeightOnly("both", bits=8)]).shadow(llama, **EVERYTHING) as shadow:
+    candidate = tiny(seed=9) if isinstance(candidate, str) else candidate
+    with experiment(tmp_path, same=candidate).shadow(llama, **EVERYTHING) as shadow:
         llama.load_state_dict(tiny(seed=9).state_dict())
         asked(llama, 2)
         assert shadow.wait(WAIT_S)

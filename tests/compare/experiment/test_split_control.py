@@ -11,10 +11,11 @@ import torch
 
 import autotune
 from autotune.compare.experiment.sequential import requests_to_see_rate
-from autotune.errors import CancelledRequestError, DeadlineError, QueueFullError
+from autotune.errors import CancelledRequestError, DeadlineError, QueueFullError, StateError
 from autotune.transforms.weight_only import WeightOnly
 from tests.compare.experiment.live_models import ERRORS, PROMPTS, Seen, answer, broken, experiment, other
 from tests.models import tiny
+from tests.test_inputs import wrapped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +119,19 @@ def test_a_candidate_does_not_answer_for_a_model_that_it_was_not_made_from(
         with edit(llama):
             assert torch.equal(answer(llama, PROMPTS[0]), expected)
         assert live.status.counts == {"candidate": 1, f"bypassed: {EDITS[edit]}": 1}
+
+
+@pytest.mark.parametrize("place", [False, "parked"])
+def test_the_original_stays_where_it_is_while_an_experiment_runs(tmp_path: Path, place: Any) -> None:
+    """A candidate's twin shares the original's weights, and computes with them at any time."""
+    model = wrapped([WeightOnly("both", bits=8)])
+    with experiment(tmp_path, int4=[WeightOnly("both", bits=4)]).split(
+        model, ramp=(1.0,), guardrails=(ERRORS,)
+    ) as live:
+        with pytest.raises(StateError, match="an experiment runs on the model"):
+            model.autotune.commit(keep_original=place)
+        answer(model, PROMPTS[0])
+        assert (model.autotune.status.original, live.status.counts) == ("resident", {"candidate": 1})
 
 
 def test_another_model_answers_whatever_is_done_to_the_control(llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from autotune.compare.experiment import Experiment
 from autotune.compare.experiment.split import SAVE_EVERY, Split
 from autotune.errors import StateError
-from tests.compare.experiment.live_models import HALF, PROMPTS, answer, experiment, other
+from tests.compare.experiment.live_models import ERRORS, HALF, PROMPTS, answer, broken, experiment, other
 from tests.models import tiny
 
 if TYPE_CHECKING:
@@ -91,6 +91,21 @@ def test_a_rollback_in_one_process_stops_the_others(tmp_path: Path) -> None:
     one.stop()
     two.stop()
     assert restarted(tmp_path) == 0.0
+
+
+def test_a_guardrail_s_rollback_comes_after_a_resumption_that_was_not_heard_of(tmp_path: Path) -> None:
+    rails = {"ramp": (1.0,), "guardrails": (ERRORS,)}
+    one, two = (experiment(tmp_path, bad=broken()).split(tiny(), **rails).start() for _ in range(2))
+    one.rollback("it lies")
+    one.resume()
+    for _ in range(40):
+        answer(two._model, PROMPTS[0])
+    assert two.share == 0.0
+    assert two.status.state == "rolled back"
+    two.stop()
+    one.stop()
+    with experiment(tmp_path, bad=broken()).split(tiny(), **rails) as live:
+        assert live.share == 0.0
 
 
 def test_the_later_of_a_rollback_and_a_resumption_counts_whichever_process_it_was_in(tmp_path: Path) -> None:
