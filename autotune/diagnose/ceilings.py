@@ -147,13 +147,16 @@ def fewer_threads(phase: PhaseProfile, hardware: Hardware, threads: int, saved_s
     return _speedup(phase.seconds, after_s)
 
 
-def faster_attention(phase: PhaseProfile, hardware: Hardware) -> float:
+def faster_attention(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | None = None) -> float:
     """Return the best-case speed-up of a phase if attention shrinks to its floor: its FLOPs, or its cache read once.
 
     The work around attention proper shrinks with it (`PhaseProfile.around_attention_s`): a better kernel may take
     unrepeated keys, apply its mask itself, or write the cache. Projections stay.
+
+    Args:
+        compute_dtype: of attention's products, a key into `Hardware.flops_per_s`; None: the phase's.
     """
-    peak, bandwidth = attainable_peak(phase, hardware), attainable_bandwidth(phase, hardware)
+    peak, bandwidth = attainable_peak(phase, hardware, compute_dtype), attainable_bandwidth(phase, hardware)
     floor = floor_s(phase.attention_flops, phase.cache_bytes, peak, bandwidth)
     touched = phase.attention_s + phase.around_attention_s
     return _speedup(phase.seconds, phase.seconds - touched + min(floor, touched))

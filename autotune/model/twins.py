@@ -36,6 +36,11 @@ PLAIN = frozenset({bool, int, float, str, type(None)})  # types that cannot be c
 COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # attributes that torch.compile sets on a module
 
 
+def _is_of_one(value: Any, key: str) -> bool:
+    """Whether an attribute is a forward that runs one module whoever calls it, as a compiled one may."""
+    return key == "forward" and bool(getattr(value, "is_of_one_module", False))
+
+
 def share(modules: Iterable[nn.Module]) -> None:
     """Make twins share these modules with their originals from now on."""
     _shared.update(modules)
@@ -73,7 +78,7 @@ class _Copier:
         self._configurations = seam.configurations()
 
     def fill(self, twin: nn.Module, module: nn.Module) -> None:
-        held = {key: value for key, value in vars(module).items() if key not in COMPILED}
+        held = {key: value for key, value in vars(module).items() if key not in COMPILED and not _is_of_one(value, key)}
         twin.__dict__.update({key: self.copy(value) for key, value in held.items()})
 
     def copy(self, value: Any) -> Any:

@@ -91,6 +91,7 @@ class Transform:
     recordable: ClassVar[bool] = True  # whether a program can run its decode step (`StepProgram`)
     sharded: ClassVar[bool] = False  # whether each rank of a tensor-parallel model can apply it to its own part
     lossless: ClassVar[bool] = False  # always judged at the lossless tier, even if the policy's tier is lower
+    sets: ClassVar[str] = ""  # what of a phase it sets, in place of what an earlier one set that names the same
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         """Why it cannot be tried on this variant and machine, or None; a `Blocker` if it should work there.
@@ -128,6 +129,10 @@ class Transform:
     def took_effect(self, variant: Variant) -> str | None:
         """None if the variant really changed (modules replaced, graph captured, kernel used), else what is missing."""
         raise NotImplementedError
+
+    def replaces(self, earlier: Transform) -> bool:
+        """Whether nothing is left of an earlier transform once this one is applied."""
+        return bool(self.sets) and self.sets == earlier.sets and {*earlier.phases} <= {*self.phases}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -234,7 +239,8 @@ class Variant:
             transform.apply(self)
         if self.kv is not None and self.caches is not None:
             raise TransformError(f"the KV cache is {self.kv}; slots and what decodes over them are another kind")
-        self.transforms = (*self.transforms, transform)
+        left = (each for each in self.transforms if not transform.replaces(each))
+        self.transforms = (*left, transform)
         self._front = None  # it was made of the modules before
 
     def bare(self) -> Variant:

@@ -99,6 +99,7 @@ class Attention(Transform):
     summary: ClassVar[str] = "another attention: SDPA's kernels, FlashAttention 2 to 4, the hub's, FlexAttention"
     sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
+    sets: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
         require(self.implementation, IMPLEMENTATIONS, "attention: implementation")
@@ -143,7 +144,9 @@ class Attention(Transform):
         size = max((layer.head_size for layer in attention_layers(variant.original)), default=0)
         if needs.head_size is not None and size > needs.head_size:
             return f"{wanted} takes heads of up to {needs.head_size} numbers; this model's have {size}"
-        if not needs.mask and "decode" in self.phases and variant.caches is not None:
+        kernel = attention_sdpa.kernel(self.backend, torch.device(hardware.device)) if self.backend else None
+        masks = kernel.masks if kernel is not None else needs.mask
+        if not masks and "decode" in self.phases and variant.caches is not None:
             return f"{wanted} takes no mask, and a static cache needs one for the slots that are empty"
         return None
 

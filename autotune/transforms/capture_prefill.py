@@ -89,7 +89,6 @@ class CapturePrefill(Transform):
         module = variant.modules["prefill"]
         if "forward" in vars(module):  # compiled, for growing caches
             module = fork(module)
-            del module.__dict__["forward"]
         graphs = PromptGraphs(module, device, (1,), self._lengths(variant))
         needed = min(variant.context_tokens, graphs.lengths[-1])
         with variant.running("prefill"):

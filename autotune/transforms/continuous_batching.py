@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ class ContinuousBatching(Transform):
     def __post_init__(self) -> None:
         if not 2 <= self.rows <= MOST_ROWS:
             raise ChoiceError(f"continuous_batching: rows must be 2 to {MOST_ROWS}, not {self.rows}")
-        if self.queue < 1 or self.wait_ms < 0:
-            raise ChoiceError("continuous_batching: queue must be 1 or more, and wait_ms 0 or more")
+        if self.queue < 1 or not 0 <= self.wait_ms < math.inf:
+            raise ChoiceError("continuous_batching: queue must be 1 or more, and wait_ms a number from 0 on")
         if self.phase != "decode":
             raise ChoiceError("continuous_batching: phase must be 'decode'")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -46,6 +47,12 @@ class StoredTransform(LinearTransform):
     @property
     def kind(self) -> type[nn.Module]:
         return kernels.Bf16Linear
+
+    def made(self, new: nn.Module) -> bool:
+        return isinstance(new, kernels.Bf16Linear) and not new.packed
+
+    def layers(self, module: nn.Module) -> Mapping[str, Any]:
+        return {**super().layers(module), **packed(module, self.skip)}
 
     def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available() or kernels.no_bf16_unit()

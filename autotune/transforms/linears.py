@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
+BROAD = 64  # inputs and outputs of a layer; a packed one with fewer may be mostly padding, as a gate with one output is
 LARGE = 2**23  # weights of a layer whose exchange leaves tens of megabytes of freed blocks behind
 
 _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged layers", default=None)
@@ -75,7 +76,7 @@ def exchanged(variant: Variant) -> Iterator[tuple[str, LinearTransform, nn.Linea
             modules = dict(variant.modules[phase].named_modules())
             for name, linear in layers.items():
                 new = modules.get(name)
-                yield from ((name, form, linear, new) for form in forms if isinstance(new, form.kind))
+                yield from ((name, form, linear, new) for form in forms if new is not None and form.made(new))
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class LinearTransform(Transform):
     def kind(self) -> type[nn.Module]:
         """The class of the new layers."""
         raise NotImplementedError
+
+    def made(self, new: nn.Module) -> bool:
+        """Whether a layer of a variant is one that this made of a plain one."""
+        return isinstance(new, self.kind)
 
     @property
     def weight_bits(self) -> float | None:
@@ -179,13 +184,15 @@ class LinearTransform(Transform):
     def extra_bytes(self, variant: Variant) -> float:
         """Estimate the bytes of all new layers, and of making the largest one.
 
-        The smallest layer is exchanged to measure its ratio of bytes.
+        The smallest layer is exchanged to measure its ratio of bytes, of those that are not mostly padding once packed.
         """
         modules = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}
         total = 0.0
         for module in modules.values():
             layers = {id(layer.weight): layer for layer in linear_layers.linears(module, self.skip).values()}.values()
-            if (made := self._sample(min(layers, key=lambda layer: layer.weight.nbytes, default=None))) is not None:
+            broad = [layer for layer in layers if min(layer.weight.shape) >= BROAD]
+            smallest = min(broad or layers, key=lambda layer: layer.weight.nbytes, default=None)
+            if (made := self._sample(smallest)) is not None:
                 total += made * sum(layer.weight.nbytes for layer in layers)
                 total += max(self.working_bytes(layer) for layer in layers)
         return total

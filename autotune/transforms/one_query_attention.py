@@ -31,6 +31,7 @@ class OneQueryAttention(Transform):
     summary: ClassVar[str] = "a CPU kernel for one query over the KV cache (flash-decoding)"
     sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
+    sets: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
         if self.phase != "decode":

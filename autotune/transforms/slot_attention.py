@@ -42,6 +42,7 @@ class SlotAttention(Transform):
     stage: ClassVar[Stage] = Stage.LOOP
     summary: ClassVar[str] = "FlashAttention over the filled slots of a static cache, without a mask, on a GPU"
     lossless: ClassVar[bool] = True
+    sets: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
         if self.phase != "decode":

@@ -38,6 +38,7 @@ class Threads(Transform):
     summary: ClassVar[str] = "another number of CPU threads for a phase"
     sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
+    sets: ClassVar[str] = "threads"
 
     def __post_init__(self) -> None:
         if self.count < 1:

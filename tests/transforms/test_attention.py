@@ -154,6 +154,9 @@ def test_flash_and_the_mask_of_a_static_cache(llama: PreTrainedModel) -> None:
     assert Attention("decode", "sdpa:flash").unavailable(variant, hopper) is None
     variant.caches = object()  # type: ignore[assignment]
     assert "takes no mask" in (Attention("decode", "sdpa:flash").unavailable(variant, hopper) or "")
+    assert (
+        Attention("decode", "sdpa:flash").unavailable(variant, replace(hopper, device="cpu")) is None
+    )  # its own takes one
     assert Attention("prefill", "sdpa:flash").unavailable(variant, hopper) is None
     assert Attention("decode", "sdpa:cudnn").unavailable(variant, hopper) is None
 

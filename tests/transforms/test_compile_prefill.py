@@ -9,6 +9,7 @@ import torch
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
+from autotune.model.twins import fork
 from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled_prefill
 from autotune.runtime.steps.compiled_prefill import Recompiling
@@ -25,6 +26,20 @@ def forward_of(variant: Variant) -> Recompiling:
     forward = vars(variant.modules["prefill"])["forward"]
     assert isinstance(forward, Recompiling)
     return forward
+
+
+def test_a_twin_computes_with_its_own_modules() -> None:
+    """The compiled forward runs the module that it was made for, whoever calls it."""
+    twin = fork(tiny("llama"))
+    twin.forward = Recompiling(twin)
+    twin.forward.given_up = "for want of time"
+    again, ids = fork(twin), torch.tensor(token_prompts(1))
+    nothing = torch.nn.Linear(64, again.config.vocab_size, bias=False)
+    torch.nn.init.zeros_(nothing.weight)
+    again.set_submodule("lm_head", nothing)
+    with torch.no_grad():
+        assert again(input_ids=ids).logits.abs().max() == 0
+        assert twin(input_ids=ids).logits.abs().max() > 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
+from autotune.transforms.linears import LinearTransform, reusing
 from tests import models
 from tests.transforms.test_contract import COMPILER
 
@@ -40,6 +41,19 @@ def test_one_model(name: str, divergence: float, architecture: str) -> None:
         "a copy of the weights was kept"
     )
     assert make(name, {}, "prefill").extra_bytes(Variant(model)) == 0
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_over_packed_weights_is_none_of_the_plain_one(name: str, llama: PreTrainedModel) -> None:
+    transform = make(name, {}, "prefill")
+    assert isinstance(transform, LinearTransform)
+    packed = Variant(llama).with_transform(make("weight_only", {"bits": 4}, "both"))
+    assert set(transform.layers(packed.modules["prefill"])) == set(transform.layers(llama))
+    with reusing(packed.with_transform(transform)):
+        alone = Variant(llama).with_transform(transform)
+    found = [m for m in alone.modules["prefill"].modules() if isinstance(m, kernels.Bf16Linear)]
+    assert {m.weight.dtype for m in found} == {torch.float32}
 
 
 @needs_bf16

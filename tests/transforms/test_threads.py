@@ -14,7 +14,8 @@ import torch
 
 from autotune.diagnose.costs import MemoryUse, PhaseProfile, Profile
 from autotune.machine import intraop
-from autotune.runtime.variant import Variant
+from autotune.runtime.variant import Transform, Variant
+from autotune.transforms.attention import Attention
 from autotune.transforms.threads import Threads, usable_cores
 from tests.transforms.test_contract import COMPILER
 
@@ -118,3 +119,26 @@ def test_a_second_count_replaces_the_first(llama: PreTrainedModel) -> None:
     assert "already" in (Threads("both", 1).unavailable(candidate, COMPILER) or "")
     assert candidate.with_transform(Threads("prefill", 2)).threads == {"prefill": 2, "decode": 1}
     assert candidate.threads == {"prefill": 1, "decode": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [
+        (Threads("decode", 2), Threads("decode", 1), ["threads(count=1)@decode"]),
+        (Threads("decode", 2), Threads("both", 1), ["threads(count=1)@both"]),
+        (Threads("both", 2), Threads("decode", 1), ["threads(count=2)@both", "threads(count=1)@decode"]),
+        (Threads("prefill", 2), Threads("decode", 1), ["threads(count=2)@prefill", "threads(count=1)@decode"]),
+        (
+            Attention("prefill", "eager"),
+            Attention("prefill", "sdpa:math"),
+            ["attention(implementation=sdpa:math)@prefill"],
+        ),
+        (Threads("prefill", 1), Attention("prefill", "eager"), None),
+    ],
+    ids=str,
+)
+def test_a_plan_names_nothing_that_was_replaced(
+    llama: PreTrainedModel, first: Transform, second: Transform, left: list[str] | None
+) -> None:
+    found = Variant(llama).with_transform(first).with_transform(second).transforms
+    assert sorted(map(str, found)) == sorted(left or [str(first), str(second)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from autotune.errors import BudgetSpentError, DeviceError
 from autotune.machine import device, intraop
@@ -106,6 +107,18 @@ def test_what_a_transform_takes_is_known_before_it_is_tried(transform: Transform
     predicted = transform.extra_bytes(original)
     modules = original.with_transform(transform).modules.values()
     assert predicted == stored_bytes(original.original, *modules) - stored_bytes(original.original) > 0
+
+
+def test_a_gate_with_one_output_says_little_of_what_a_mixture_takes() -> None:
+    """Packed, it is sixteen rows: fifteen of padding."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_experts": 4}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    shared = {"shared_expert_intermediate_size": 96, "num_experts_per_tok": 2, "max_position_embeddings": 128}
+    original = Variant(Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, **shared)).eval())
+    transform = WeightOnly("decode", bits=8)
+    modules = original.with_transform(transform).modules.values()
+    taken = stored_bytes(original.original, *modules) - stored_bytes(original.original)
+    assert transform.extra_bytes(original) == pytest.approx(taken, rel=0.1)
 
 
 @pytest.mark.parametrize("transform", [StaticCache("decode", 128), CompileStep("decode", slots=128)], ids=str)

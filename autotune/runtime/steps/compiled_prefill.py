@@ -37,6 +37,8 @@ class Recompiling:
         given_up: why all calls run uncompiled from now on, or None.
     """
 
+    is_of_one_module = True  # twins of the module do without it
+
     def __init__(self, module: PreTrainedModel) -> None:
         self.plain = module.forward
         self.compilations = 0
