@@ -135,7 +135,8 @@ class Handle(Wrapped):
 
         Raises:
             WorkloadError: no prompts were given and none were observed, or they cannot be used.
-            StateError: tuning is under way already, the original was released, or the model is passed through.
+            StateError: tuning is under way already, the original was released, the model is passed through, or this is
+                within a call of the model.
         """
         self._winner.original.require("tune again")
         work = self._tuning.work(workload)
@@ -153,7 +154,8 @@ class Handle(Wrapped):
         Raises:
             PlanError: it was made for another model, or does not hold here. What served before serves on.
             WorkloadError: no prompts were given to `wrap` and none were observed.
-            StateError: tuning is under way, the original was released, or the model is passed through or changed.
+            StateError: tuning is under way, the original was released, the model is passed through or changed, or this
+                is within a call of the model.
         """
         self._winner.original.require("verify another plan")
         work = self._tuning.work()
@@ -178,8 +180,9 @@ class Handle(Wrapped):
 
         Raises:
             StateError: there is no plan, the model changed since tuning, tuning under way needs the original,
-                "parked" was asked for and the original is already in the host's memory, or weights would move within a
-                call of the model.
+                "parked" was asked for and the original is already in the host's memory, an experiment runs on the
+                model, or weights would move within a call of it. Or the plan no longer serves by the time this has
+                waited: it was rolled back, say.
             ValueError: `keep_original` is none of the three.
         """
         require_place(keep_original)
@@ -203,23 +206,26 @@ class Handle(Wrapped):
         """Serve with the original from the next call on. Calls under way finish with what they started with.
 
         Where nothing was tuned yet, the original serves already: nothing changes, and calls are observed as before.
+        A commit without the original that still waits for calls is refused then.
 
         Raises:
-            StateError: the original was released.
+            StateError: the original was released. Or its weights are parked and would move within a call of the model.
         """
-        if self._winner.bring_back("roll back"):
-            return
-        active, untuned = self._serving.active, (State.OBSERVING, State.WAITING, State.PASSED_THROUGH)
-        if self._serving.state in untuned and not (active and active.transforms):
-            return
-        self._serving.active = None
-        self._serving.become(State.ROLLED_BACK, "the original serves; .commit() brings the plan back")
+        with self._winner.resident("roll back"):
+            active, untuned = self._serving.active, (State.OBSERVING, State.WAITING, State.PASSED_THROUGH)
+            if self._serving.state in untuned and not (active and active.transforms):
+                return
+            if self._serving.state is State.ORIGINAL and self._winner.tuned is None:  # the plan was dropped
+                return
+            self._serving.active = None
+            self._serving.become(State.ROLLED_BACK, "the original serves; .commit() brings the plan back")
 
     def unwrap(self) -> PreTrainedModel:
         """Stop, and leave the model exactly as it was before `wrap`.
 
         Raises:
             StateError: the original was released, maybe while this waited for tuning to end; the plan serves on then.
+                Or its weights are parked and would move within a call of the model.
         """
         self._winner.bring_back("unwrap")
         self._tuning.stop()

@@ -20,10 +20,11 @@ from ..machine import device as devices
 from ..model.linear_layers import stored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel
 
+    from ..machine.device import Device
     from ..runtime.variant import Variant
 
 
@@ -93,6 +94,11 @@ class Original:
         device.trim()
 
     @property
+    def device(self) -> Device:
+        """The device that the weights belong on."""
+        return devices.of(next(iter(self._parked), None) or self._model)
+
+    @property
     def parked_bytes(self) -> int:
         """Bytes needed on the device to bring the original back."""
         return sum({where(t): t.untyped_storage().nbytes() for t in chain(*self._parked.values())}.values())
@@ -102,12 +108,23 @@ class Original:
         for home, group in self._parked.items():
             if away := [tensor for tensor in group if tensor.device != home]:
                 relocate(away, home)
+        self._put_back()
+        self._parked = {}
+        self._remove_hooks()
+        self.place = Residence.RESIDENT
+
+    def give_up_plan(self) -> None:
+        """Let nothing in the model object refer to the plan's layers. Until `restore` succeeds, it refuses all calls.
+
+        The layers are the original's again, but their weights are parked still.
+        """
+        self._put_back()
+        self._hooks.append(self._model.register_forward_pre_hook(_refusal(f"no call can be answered: {UNPARK}")))
+
+    def _put_back(self) -> None:
         for kind, was in self._tree.items():
             _replace(getattr(self._model, kind), was)
         self._tree = {}
-        self._parked = {}
-        self._allow_saving()
-        self.place = Residence.RESIDENT
 
     def require(self, what: str) -> None:
         """Raise StateError if the weights were released.
@@ -117,6 +134,11 @@ class Original:
         """
         if self.place is Residence.RELEASED:
             raise StateError(f"cannot {what}: {RELOAD}")
+
+    def is_parked(self, what: str) -> bool:
+        """Whether the weights are parked. Raises StateError as `require`."""
+        self.require(what)
+        return self.place is Residence.PARKED
 
     @contextmanager
     def _or_as_before(self) -> Iterator[None]:
@@ -140,14 +162,12 @@ class Original:
         The weights are no longer those that the model's class and configuration describe.
         """
 
-        def refuse(*_: Any) -> None:
-            raise StateError(f"this model has no weights of its own to save or to load into: {remedy} for that")
-
-        self._allow_saving()
+        refuse = _refusal(f"this model has no weights of its own to save or to load into: {remedy} for that")
+        self._remove_hooks()
         model: Any = self._model
         self._hooks = [model.register_state_dict_pre_hook(refuse), model.register_load_state_dict_pre_hook(refuse)]
 
-    def _allow_saving(self) -> None:
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -211,6 +231,13 @@ def _record_again(variant: Variant, shapes: Iterable[tuple[int, int]]) -> None:
         if pool is not None and step is not None and pool.slots == slots and (cache := pool.empty(rows)) is not None:
             with suppress(TransformError):  # the first request records it, or says why not
                 step.fitting(cache)
+
+
+def _refusal(said: str) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise StateError(said)
+
+    return refuse
 
 
 def _replace(held: dict[str, Any], new: dict[str, Any]) -> None:

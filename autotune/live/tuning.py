@@ -23,7 +23,6 @@ from ..runtime.variant import Variant
 from ..workload import Observer, Workload
 from .again import Again
 from .status import State
-from .winner import EXPERIMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,10 +280,10 @@ class Tuning:
             log.warning("%s. This is not kept as a plan: %s", tuned.verdict, tuned.doubt)
         if options.keep_original is True:
             return
-        if route.has_layers(self._model):
-            log.warning("the original stays beside the plan: %s", EXPERIMENT)
-            return
-        self._winner.send_away(park=options.keep_original == "parked")
+        try:
+            self._winner.send_away(park=options.keep_original == "parked")
+        except StateError as refusal:  # the plan was found all the same
+            log.warning("the original stays beside the plan: %s", refusal)
 
     def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
         """Serve with a proven variant while tuning goes on, unless the model changed or was rolled back meanwhile."""

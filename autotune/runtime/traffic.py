@@ -7,19 +7,22 @@ while, new requests wait for it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 from ..errors import StateError
 from ..machine import forking
 from ..machine.ending import Cancelled
+from .batching.terms import CURRENT
 
 PATIENCE_S = 5.0  # seconds for which a step waits for a moment without requests, before it pauses or holds up requests
 SHARE = 0.1  # of the time for which requests may be paused, at most
 HELD_S = 60.0  # seconds for which a new request is held up at most: one under way may wait for it in another thread
+LOOK_S = 0.1  # a request that waits looks at its terms so often
 WITHIN = "this was asked for within a call of the model, which would wait for itself; do it after the call"
 
 Pause = Callable[[], AbstractContextManager[object]]  # requests rest while its context is held
@@ -79,19 +82,23 @@ class Traffic:
     def request(self) -> Iterator[Visit]:
         """Enclose a live request. It waits for a step in progress, and for one that has waited long and cannot pause.
 
-        A request within another one waits for a step in progress only: the outer one must end before a step begins.
+        A request within another one waits for a step in progress only: the outer one must end before a step begins. So
+        does one that an engine makes for a caller who has left: its turn must end before a step begins.
+
+        Raises:
+            RequestError: the terms on which the thread serves a request were violated while this waited.
         """
         own, outer = threading.get_ident(), _VISITS.get()
         with self._changed:
-            if not self.is_inside() and self._measuring != own:
-                self._changed.wait_for(lambda: not self._held_up_by, HELD_S)
+            if self._measuring != own and not any(visit.traffic is self for visit in outer):
+                self._wait(lambda: not self._held_up_by, HELD_S)
             self._requests += 1  # counted before it waits, so that no further step starts meanwhile
             self.begun += 1
             visit = Visit(self, self.begun, self._requests > 1)
         try:
             _VISITS.set((*outer, visit))
             with self._changed:
-                self._changed.wait_for(lambda: self._measuring in (None, own))
+                self._wait(lambda: self._measuring in (None, own))
             yield visit
         finally:
             visit.is_over = True
@@ -100,33 +107,55 @@ class Traffic:
                 self._requests = max(0, self._requests - 1)  # it is 0 already if the process forked during the request
                 self._changed.notify_all()
 
+    def _wait(self, may_go_on: Callable[[], bool], most_s: float = math.inf) -> None:
+        """Let a request wait, for `most_s` seconds at most, unless its terms are violated. The lock is held."""
+        terms, end_s = CURRENT.get(), time.monotonic() + most_s
+        while not may_go_on() and (now_s := time.monotonic()) < end_s:
+            if terms is not None and (error := terms.violated(now_s)) is not None:
+                raise error
+            self._changed.wait(min(end_s - now_s, LOOK_S))
+
     @contextmanager
-    def step(self, *, pauses: bool = True) -> Iterator[None]:
+    def step(self, *, pauses: bool = True, resting: Pause = nullcontext) -> Iterator[None]:
         """Enclose a measured step. It waits until no request is in flight, or pauses them.
 
         Args:
             pauses: whether requests in flight may be paused; if not, it begins only when there is none.
+            resting: its context is held during a step that pauses no request, so that what is left of requests that
+                were given up rests, too.
 
         Raises:
             Cancelled: tuning was cancelled.
             StateError: it would wait for the request that it is a part of.
         """
-        if self._measuring == threading.get_ident():  # a step within a step
+        own, start = threading.get_ident(), time.perf_counter()
+        if self._measuring == own:  # a step within a step
             if self.cancelled:
                 raise Cancelled
             yield
             return
-        begun = start = time.perf_counter()
-        pause = self._enter(start, pauses)
         try:
-            with ExitStack() as paused:
-                if pause is not None:
-                    paused.enter_context(pause())  # until then requests go on: what is to be paused may make some
-                with self._changed:
-                    self._measuring = threading.get_ident()
+            while True:
+                with self._turn(start, pauses, resting) as has_begun:
+                    if has_begun:
+                        yield
+                        return
+        finally:
+            with self._changed:
+                self._held_up_by.discard(own)
+                self._changed.notify_all()
+
+    @contextmanager
+    def _turn(self, start: float, pauses: bool, resting: Pause) -> Iterator[bool]:
+        """Enclose a step's turn. Yields whether the step has begun; if not, a request came meanwhile."""
+        pause, begun = self._enter(start, pauses), start
+        try:
+            with (pause or resting)():  # until then requests go on: what is to rest may make some
+                has_begun = self._begin(pause is None)
                 begun = time.perf_counter()
-                self._waited_s += begun - start
-                yield
+                if has_begun:
+                    self._waited_s += begun - start
+                yield has_begun
         finally:
             with self._changed:
                 self._has_step, self._measuring = False, None
@@ -139,29 +168,43 @@ class Traffic:
         """Wait for a step's turn, and take it. Returns what pauses the requests in flight; None if there are none."""
         own = threading.get_ident()
         with self._changed:
-            try:
-                while not self.cancelled:
-                    if self._has_step:
-                        self._changed.wait()
-                        continue
-                    if self._requests == 0:
-                        self._has_step, self._measuring = True, own
-                        return None
-                    pause = self._pausing() if pauses else None
-                    if pause is None and self.is_inside():
-                        raise StateError(WITHIN)
-                    left_s = max(start + PATIENCE_S, self._rested_s if pauses else start) - time.perf_counter()
-                    is_due = left_s <= 0
-                    if is_due and pause is not None:
-                        self._has_step = True
-                        return pause
-                    if is_due and not pauses:
+            while not self.cancelled:
+                if self._has_step:
+                    self._changed.wait()
+                    continue
+                if self._requests == 0:
+                    self._has_step = True
+                    if not pauses:
                         self._held_up_by.add(own)
-                    self._changed.wait(None if is_due or (pauses and pause is None) else left_s)
+                    return None
+                pause = self._pausing() if pauses else None
+                if pause is None and self.is_inside():
+                    raise StateError(WITHIN)
+                left_s = max(start + PATIENCE_S, self._rested_s if pauses else start) - time.perf_counter()
+                is_due = left_s <= 0
+                if is_due and pause is not None:
+                    self._has_step = True
+                    return pause
+                if is_due and not pauses:
+                    self._held_up_by.add(own)
+                self._changed.wait(None if is_due or (pauses and pause is None) else left_s)
+            raise Cancelled
+
+    def _begin(self, is_alone: bool) -> bool:
+        """Begin the step that has its turn. Returns False if it is to run alone and a request has come.
+
+        Raises:
+            Cancelled: tuning was cancelled.
+        """
+        with self._changed:
+            if self.cancelled:
                 raise Cancelled
-            finally:
-                self._held_up_by.discard(own)
-                self._changed.notify_all()
+            if is_alone and self._requests:
+                return False
+            self._measuring = threading.get_ident()
+            self._held_up_by.discard(self._measuring)  # new requests wait for the step itself now
+            self._changed.notify_all()
+            return True
 
     def pause_by(self, pausing: Callable[[], Pause | None]) -> None:
         """Set a function that returns what pauses the requests in flight now; None if nothing does."""

@@ -17,7 +17,6 @@ import torch
 import autotune
 from autotune.live.original import Original
 from autotune.machine import device
-from autotune.model.route import is_routed
 from autotune.runtime.kernels import available
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.static_cache import StaticCache
@@ -29,7 +28,6 @@ from autotune.tune.tuned import Tuned
 from tests.fakes.cuda import FakeCuda
 from tests.live.test_release import Written, greedy, storages, wrapped
 from tests.models import tiny, token_prompts
-from tests.serve.servers import until
 
 SENTENCE = available()
 pytestmark = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -132,6 +130,59 @@ def test_room_that_turns_out_to_be_none_makes_the_plan_make_way(gpu: FakeCuda, m
     assert greedy(model) == greedy(plain)
 
 
+@pytest.mark.parametrize("edited", [False, True], ids=["no room", "edited"])
+@pytest.mark.parametrize("ask", ["rollback", "tune", "unwrap"])
+def test_what_cannot_be_brought_back_now_is_brought_back_later(
+    gpu: FakeCuda, ask: str, edited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    answer, weights = greedy(model), copy.deepcopy(model.state_dict())
+    handle = parked(model).autotune
+    layer, restore, found = weakref.ref(model.model.layers[0].mlp.down_proj), Original.restore, list[bool]()
+
+    def no_room(original: Original) -> None:
+        found.append(layer() is None)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if edited:
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.scales.mul_(2)
+    monkeypatch.setattr(Original, "restore", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        handle.rollback()
+    assert found == ([True] if edited else [False, True]), "the plan's layers still took the room"
+    assert (handle.status.state, handle.status.original, handle.plan) == ("original", "parked", None)
+    with pytest.raises(autotune.StateError, match=r"parked; call .autotune.rollback\(\) first"):
+        greedy(model)
+    with pytest.raises(autotune.StateError, match=r"parked; call .autotune.rollback"):
+        model.state_dict()
+
+    monkeypatch.setattr(Original, "restore", restore)
+    asking = threading.Thread(target=getattr(handle, ask), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert not asking.is_alive()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    if ask == "rollback":
+        assert handle.status.state == "original"
+        assert "the plan was dropped" in handle.status.detail
+    if ask != "tune":
+        assert greedy(model) == answer
+
+
+def test_training_mode_while_the_original_was_parked_costs_no_plan(gpu: FakeCuda) -> None:
+    model = parked(tiny("llama"))
+    tuned = greedy(model)
+    model.train()
+    model.autotune.rollback()
+    assert all(module.training for module in model.modules()), "the original's layers were not there to be switched"
+    model.eval()
+    model.autotune.commit()
+    assert greedy(model) == tuned
+    modules = model.autotune._winner.tuned.variant.modules.values()
+    assert not [each for module in modules for each in module.modules() if each.training]
+
+
 def test_a_plan_that_was_edited_while_the_original_was_parked_is_dropped(gpu: FakeCuda) -> None:
     """Brought back, the original is what it was; the plan is another one than was tuned."""
     model = tiny("llama")
@@ -146,30 +197,6 @@ def test_a_plan_that_was_edited_while_the_original_was_parked_is_dropped(gpu: Fa
     assert "the plan was dropped: the model changed while the original was parked" in model.autotune.status.detail
     with pytest.raises(autotune.StateError, match=r"call .tune"):
         model.autotune.commit()
-
-
-def test_unwrap_while_the_original_is_being_parked_brings_it_back(
-    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside, go_on, park = threading.Event(), threading.Event(), Original.park
-
-    def slow(self: Original, variant: Variant) -> None:
-        inside.set()
-        assert go_on.wait(60)
-        park(self, variant)
-
-    monkeypatch.setattr(Original, "park", slow)
-    model = tiny("llama")
-    expected = copy.deepcopy(model.state_dict())
-    handle = wrapped(model, when="background", keep_original="parked").autotune
-    assert inside.wait(60)
-    leaving = threading.Thread(target=handle.unwrap)
-    leaving.start()
-    until(lambda: handle._tuning._traffic.cancelled)
-    go_on.set()
-    leaving.join(60)
-    assert not is_routed(model)
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_parked_then_released(gpu: FakeCuda) -> None:

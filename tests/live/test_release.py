@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import autotune
-from autotune.live.original import Original
 from autotune.model import seam
 from autotune.model.linear_layers import stored_bytes
 from autotune.runtime.kernels import PackedLinear, available
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
-from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.packed_embedding import PackedEmbedding
@@ -40,14 +36,12 @@ from autotune.validate.limits import Limits
 from autotune.validate.timing import Pair, Timing
 from autotune.workload import Workload
 from tests.models import left_padded, tiny, token_prompts
-from tests.serve.servers import until
 
 SENTENCE = available()
 pytestmark = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
 
 IDS = torch.tensor(token_prompts(1))
 PACKED: list[Transform] = [WeightOnly(bits=8), PackedEmbedding(), StaticCache(slots=128)]
-TOGETHER = [*PACKED[:2], StepProgram("decode", slots=64), ContinuousBatching("decode", rows=4)]
 
 
 class Written:
@@ -90,18 +84,6 @@ def released(model: Any = None) -> Any:
     model = wrapped(tiny("llama") if model is None else model)
     model.autotune.commit(keep_original=False)
     return model
-
-
-class Held:
-    """A logits processor in which a call stays until it is let go."""
-
-    def __init__(self) -> None:
-        self.entered, self.leave = threading.Event(), threading.Event()
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.leave.wait(60)
-        return scores
 
 
 def storages(model: torch.nn.Module) -> dict[str, int]:
@@ -335,145 +317,6 @@ def test_an_unwrapped_model_keeps_its_weights(scripted: list[Transform]) -> None
     with pytest.raises(autotune.StateError, match="unwrapped"):
         handle.commit(keep_original=False)
     assert storages(model) == where
-
-
-def test_the_release_waits_for_calls_under_way(scripted: list[Transform]) -> None:
-    model, held, answers = wrapped(tiny("llama")), Held(), list[list[list[int]]]()
-    before = greedy(model, num_beams=2)
-    call = threading.Thread(target=lambda: answers.append(greedy(model, num_beams=2, logits_processor=[held])))
-    call.start()
-    assert held.entered.wait(60)
-    commit = threading.Thread(target=model.autotune.commit, kwargs={"keep_original": False})
-    commit.start()
-    commit.join(0.1)
-    assert model.autotune.status.original == "resident"
-    held.leave.set()
-    call.join(60)
-    commit.join(60)
-    assert model.autotune.status.original == "released"
-    assert answers == [before]
-
-
-def test_the_release_waits_with_an_engine_too(scripted: list[Transform], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine can be paused between two steps, but calls are then still under way, some of them on the original."""
-    monkeypatch.setattr("autotune.runtime.traffic.PATIENCE_S", 0.0)
-    scripted[:] = TOGETHER
-    model, held, answers = wrapped(tiny("llama")), Held(), list[list[list[int]]]()
-    together = greedy(model)
-    model.autotune.rollback()
-    before = greedy(model)
-    call = threading.Thread(target=lambda: answers.append(greedy(model, logits_processor=[held])))
-    call.start()
-    assert held.entered.wait(60)
-    commit = threading.Thread(target=model.autotune.commit, kwargs={"keep_original": False})
-    commit.start()
-    until(lambda: model.autotune._tuning._traffic._held_up_by)
-    later = threading.Thread(target=lambda: answers.append(greedy(model)))
-    later.start()
-    later.join(0.1)
-    try:
-        assert model.autotune.status.original == "resident"
-        assert later.is_alive(), "calls that begin later could put the release off for ever"
-    finally:
-        held.leave.set()
-        for thread in (call, commit, later):
-            thread.join(60)
-    assert model.autotune.status.original == "released"
-    assert answers == [before, together]
-
-
-def test_no_engine_decodes_by_what_was_recorded_before_the_release(scripted: list[Transform]) -> None:
-    """The engine's thread lingers after the last call, and takes the next one."""
-    scripted[:] = TOGETHER
-    model = wrapped(tiny("llama"))
-    before = greedy(model)
-    programs = [weakref.ref(each) for each in model.autotune._winner.tuned.variant.step.programs]
-    assert programs
-    model.autotune.commit(keep_original=False)
-    gc.collect()
-    assert [each for each in programs if each() is not None] == []
-    assert greedy(model) == before
-
-
-@pytest.mark.parametrize("transforms", ["alone", "together"])
-def test_what_would_wait_for_the_call_that_asks_for_it_is_refused(scripted: list[Transform], transforms: str) -> None:
-    scripted[:] = TOGETHER if transforms == "together" else PACKED
-    model, said = wrapped(tiny("llama")), list[str]()
-
-    def ask(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for operation in (partial(model.autotune.commit, keep_original=False), model.autotune.tune):
-            with pytest.raises(autotune.StateError, match="within a call of the model"):
-                operation()
-            said.append(model.autotune.status.state)
-        return scores
-
-    greedy(model, tokens=1, logits_processor=[ask])
-    assert said == ["tuned", "tuned"]
-    assert model.autotune.status.original == "resident"
-
-
-@pytest.mark.parametrize("when", ["background", "another thread"])
-def test_unwrap_during_a_release_is_refused(
-    scripted: list[Transform], monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    inside, go_on, release, said = threading.Event(), threading.Event(), Original.release, list[str]()
-
-    def slow(self: Original, variant: Variant) -> None:
-        inside.set()
-        assert go_on.wait(60)
-        release(self, variant)
-
-    monkeypatch.setattr(Original, "release", slow)
-    if when == "background":
-        model = wrapped(tiny("llama"), when="background", keep_original=False)
-    else:
-        model = wrapped(tiny("llama"))
-        threading.Thread(target=model.autotune.commit, kwargs={"keep_original": False}).start()
-    handle = model.autotune
-    assert inside.wait(60)
-
-    def leave() -> None:
-        try:
-            handle.unwrap()
-            said.append("unwrapped")
-        except autotune.StateError:
-            said.append("refused")
-
-    leaving = threading.Thread(target=leave)
-    leaving.start()
-    until(lambda: handle._tuning._traffic.cancelled)
-    go_on.set()
-    leaving.join(60)
-    assert said == ["refused"]
-    assert (handle.status.state, handle.status.original) == ("tuned", "released")
-    assert not handle._tuning._traffic.cancelled, "what was refused has stopped the watch"
-    assert len(greedy(model)[0]) == IDS.shape[1] + 8
-
-
-def test_an_edit_while_the_release_waits_is_no_part_of_the_plan(scripted: list[Transform]) -> None:
-    model, held, said = wrapped(tiny("llama")), Held(), list[str]()
-    call = threading.Thread(target=greedy, args=(model,), kwargs={"logits_processor": [held]})
-    call.start()
-    assert held.entered.wait(60)
-
-    def commit() -> None:
-        with pytest.raises(autotune.StateError, match=r"stale: tensor model.norm.weight was written to") as refusal:
-            model.autotune.commit(keep_original=False)
-        said.append(str(refusal.value))
-
-    waiting = threading.Thread(target=commit)
-    waiting.start()
-    until(lambda: model.autotune._tuning._traffic._changed._waiters)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    held.leave.set()
-    call.join(60)
-    waiting.join(60)
-    assert len(said) == 1
-    assert model.autotune.status.original == "resident"
-    with pytest.warns(RuntimeWarning, match="was written to"):
-        greedy(model)
-    assert model.autotune.status.state == "stale"
 
 
 @pytest.mark.parametrize(

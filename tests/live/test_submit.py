@@ -279,6 +279,17 @@ def test_a_request_that_is_cancelled_while_it_waits_is_not_computed() -> None:
     assert not computed
 
 
+def test_a_request_that_is_cancelled_while_a_step_is_in_progress_does_not_wait_for_it(model: Any) -> None:
+    traffic = model.autotune._tuning._traffic
+    with traffic.step():
+        request = model.autotune.submit(PROMPTS[0], **LONG)
+        until(lambda: traffic._requests)
+        request.cancel()
+        with pytest.raises(CancelledRequestError):
+            request.result(60)
+    assert request.tokens == ()
+
+
 def test_what_generate_raises_comes_out(model: Any) -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.autotune.submit(PROMPTS[0], max_new_tokens=-1).result(30)

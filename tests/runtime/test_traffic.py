@@ -9,8 +9,9 @@ from contextvars import copy_context
 
 import pytest
 
-from autotune.errors import StateError
+from autotune.errors import RequestError, StateError
 from autotune.machine.ending import Cancelled
+from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.traffic import PATIENCE_S, SHARE, Traffic
 
 WAIT_S = 20.0  # a deadlock shows as a failure, not as a hang
@@ -226,6 +227,36 @@ def test_a_step_that_waits_for_its_pause_holds_up_other_steps_and_no_request() -
     assert steps == [True, True]
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_step_that_was_cancelled_while_it_waited_for_its_pause_does_not_begin() -> None:
+    """Who cancelled it waits for a step in progress, and then for none."""
+    traffic, waits, go_on, seen = Traffic(), threading.Event(), threading.Event(), list[str]()
+
+    @contextmanager
+    def pause() -> Iterator[None]:
+        waits.set()
+        assert go_on.wait(WAIT_S)
+        yield
+
+    traffic.pause_by(lambda: pause)
+
+    def step() -> None:
+        try:
+            with traffic.step():
+                seen.append("step")
+        except Cancelled:
+            seen.append("cancelled")
+
+    with traffic.request():
+        stepping = start(step)
+        assert waits.wait(WAIT_S)
+        traffic.cancel()
+        traffic.settle()
+        go_on.set()
+        stepping.join(WAIT_S)
+    assert seen == ["cancelled"]
+
+
 def test_a_step_pauses_nobody_where_no_request_is_in_flight() -> None:
     traffic, engine = Traffic(), Engine()
     traffic.pause_by(lambda: engine.pause)
@@ -238,7 +269,7 @@ def test_requests_are_paused_for_a_small_share_of_the_time(monkeypatch: pytest.M
     now, waits = [100.0], list[float]()
 
     class Clock:
-        perf_counter = staticmethod(lambda: now[0])
+        perf_counter = monotonic = staticmethod(lambda: now[0])
 
     monkeypatch.setattr("autotune.runtime.traffic.time", Clock)
     traffic, engine = Traffic(), Engine()
@@ -375,4 +406,90 @@ def test_a_step_within_a_request_that_it_would_wait_for_is_refused() -> None:
             pass
     assert not kept.run(traffic.is_inside), "the request is over"
     with traffic.step():
+        pass
+
+
+def test_a_step_that_waits_for_a_rest_lets_what_is_to_rest_make_requests() -> None:
+    """An engine calls the objects of a caller who has left, in the context of a request that is over."""
+    traffic, entered, seen = Traffic(), threading.Event(), list[str]()
+    with traffic.request():
+        given_up = copy_context()
+
+    def late(who: str) -> None:
+        with traffic.request():
+            seen.append(who)
+
+    @contextmanager
+    def resting() -> Iterator[None]:
+        newcomers.append(start(lambda: late("newcomer")))
+        entered.set()
+        asking = start(lambda: given_up.run(late, "engine"))
+        asking.join(WAIT_S)
+        assert not asking.is_alive(), "it waits for the step, which waits for it"
+        assert seen == ["engine"], "a request that begins later could put the step off for ever"
+        yield
+
+    newcomers = list[threading.Thread]()
+    with traffic.step(pauses=False, resting=resting):
+        assert entered.is_set()
+        assert seen == ["engine"]
+    newcomers[0].join(WAIT_S)
+    assert seen == ["engine", "newcomer"]
+
+
+def test_a_step_begins_while_no_request_is_in_flight_also_after_it_waited_for_a_rest() -> None:
+    """It does not wait for the request while it holds what the request may need."""
+    traffic, rests, seen = Traffic(), threading.Lock(), list[str]()
+    with traffic.request():
+        given_up = copy_context()
+    begun, threads = threading.Event(), list[threading.Thread]()
+
+    def late() -> None:
+        with traffic.request():
+            begun.set()
+            with rests:
+                seen.append("request")
+
+    @contextmanager
+    def resting() -> Iterator[None]:
+        with rests:
+            if not threads:
+                threads.append(start(lambda: given_up.run(late)))
+                assert begun.wait(WAIT_S)
+            yield
+
+    with traffic.step(pauses=False, resting=resting):
+        assert seen == ["request"]
+    threads[0].join(WAIT_S)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "terms", [RequestTerms(cancelled=True), RequestTerms(deadline_s=0.0)], ids=["cancelled", "late"]
+)
+@pytest.mark.parametrize("for_what", ["held up", "in progress"])
+def test_a_request_whose_terms_are_violated_waits_for_no_step(terms: RequestTerms, for_what: str) -> None:
+    traffic, seen, came = Traffic(), list[str](), threading.Event()
+
+    def late() -> None:
+        CURRENT.set(terms)
+        try:
+            with traffic.request():
+                seen.append("served")
+        except RequestError as error:
+            seen.append(type(error).__name__)
+        came.set()
+
+    if for_what == "held up":
+        with traffic.request():
+            stepping = holding(traffic, list[str]())
+            start(late)
+            assert came.wait(WAIT_S)
+        stepping.join(WAIT_S)
+    else:
+        with traffic.step():
+            start(late)
+            assert came.wait(WAIT_S)
+    assert seen == ["CancelledRequestError" if terms.cancelled else "DeadlineError"]
+    with traffic.step(), traffic.request():  # and everything was given back
         pass

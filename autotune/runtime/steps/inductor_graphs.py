@@ -2,8 +2,10 @@
 
 Inductor keeps the state of its graphs ("CUDA graph trees") per thread, so every step runs on the device's owner thread.
 The next step overwrites the memory of a result, so results are copied out. Inductor copies an input at every step
-unless its address is marked as constant. Keys and values are marked. The first call compiles, which takes too long to
-keep live requests waiting, so it runs beside them.
+unless its address is marked as constant. Keys and values are marked.
+
+The first call compiles, which takes minutes. Other threads go on replaying graphs that autotune captured, and computing
+without graphs. What needs the owner thread waits until that is done: calls of a plan with this step, and captures.
 """
 
 from __future__ import annotations
