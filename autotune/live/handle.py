@@ -164,7 +164,11 @@ class Handle(Wrapped):
             return self._tuning.adopt(plan, work)
 
     def restore(self, former: Former) -> None:
-        """Serve with what served before `adopt`, from the next call on. Calls under way finish as they began."""
+        """Serve with what served before `adopt`, from the next call on. Calls under way finish as they began.
+
+        Raises:
+            StateError: the original's weights were released since.
+        """
         self._winner.restore(former)
 
     def commit(self, *, keep_original: KeepOriginal = True) -> None:
@@ -225,7 +229,7 @@ class Handle(Wrapped):
 
         Raises:
             StateError: the original was released, maybe while this waited for tuning to end; the plan serves on then.
-                Or its weights are parked and would move within a call of the model.
+                Or this is within a call of the model, for which tuning may be waiting, or parked weights would.
         """
         self._winner.bring_back("unwrap")
         self._tuning.stop()

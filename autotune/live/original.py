@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import StateError, TransformError
 from ..machine import device as devices
+from ..machine import forking
 from ..model.linear_layers import stored_bytes
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ class Original:
         self._tree: dict[str, dict[str, Any]] = {}
         self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by the device they came from
         self._hooks: list[Any] = []
+        forking.tell(self)
+
+    def after_fork(self) -> None:
+        """Undo what a thread of the parent was doing: nobody goes on with it in the child."""
+        if self.place is Residence.RESIDENT and self._tree:
+            self._put_back()
+            self._parked = {}
+            self._remove_hooks()
 
     def release(self, variant: Variant) -> None:
         """Permanently free the weights that the variant does not use. If that fails, nothing has changed."""

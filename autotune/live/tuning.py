@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
 from .. import workload
-from ..errors import StateError, WorkloadError
+from ..errors import StateError, WorkloadError, first_line
 from ..machine import device as devices
 from ..machine import ending, forking, intraop
 from ..machine.ending import Cancelled
@@ -101,10 +101,17 @@ class Tuning:
         return self.given or self._observer.workload()
 
     def stop(self) -> None:
-        """Call off tuning and wait until its thread has ended, and a step of another thread that is in progress."""
+        """Call off tuning and wait until its thread has ended, and a step of another thread that is in progress.
+
+        Raises:
+            StateError: this is within a call of the model, for which the thread may be waiting.
+        """
+        others = self.thread if self.thread is not threading.current_thread() else None
+        if others is not None and others.is_alive() and self._traffic.is_inside():
+            raise StateError(WITHIN)
         self._traffic.cancel()
-        if self.thread is not None and self.thread is not threading.current_thread():
-            self.thread.join()
+        if others is not None:
+            others.join()
         self._traffic.settle()
 
     def resume(self) -> None:
@@ -284,6 +291,10 @@ class Tuning:
             self._winner.send_away(park=options.keep_original == "parked")
         except StateError as refusal:  # the plan was found all the same
             log.warning("the original stays beside the plan: %s", refusal)
+        except Exception as error:
+            if devices.of(self._model).failure(error) != "memory":
+                raise
+            log.warning("the original stays beside the plan: no room to move its weights: %s", first_line(error))
 
     def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
         """Serve with a proven variant while tuning goes on, unless the model changed or was rolled back meanwhile."""

@@ -74,9 +74,16 @@ class Winner:
         return former
 
     def restore(self, former: Former) -> None:
-        """Serve with what served before. Calls under way finish as they began."""
+        """Serve with what served before. Calls under way finish as they began.
+
+        Raises:
+            StateError: the original's weights were released since, and the present plan's serve.
+        """
+        were_moved = self.original.is_parked("serve with what served before")
+        self.bring_back("serve with what served before")
         serving, plan = self._serving, former.tuned.plan if former.tuned else None
-        self.tuned, serving.revision, self._is_adopted = former.tuned, former.revision, former.is_adopted
+        revision = Revision(self._model) if were_moved else former.revision
+        self.tuned, serving.revision, self._is_adopted = former.tuned, revision, former.is_adopted
         self._begin(former.active or Variant(route.bare(self._model), self._traffic), plan)
         serving.become(former.state, former.detail)
 

@@ -7,7 +7,6 @@ while, new requests wait for it.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +16,11 @@ from contextvars import ContextVar
 from ..errors import StateError
 from ..machine import forking
 from ..machine.ending import Cancelled
-from .batching.terms import CURRENT
+from .batching.terms import await_turn
 
 PATIENCE_S = 5.0  # seconds for which a step waits for a moment without requests, before it pauses or holds up requests
 SHARE = 0.1  # of the time for which requests may be paused, at most
 HELD_S = 60.0  # seconds for which a new request is held up at most: one under way may wait for it in another thread
-LOOK_S = 0.1  # a request that waits looks at its terms so often
 WITHIN = "this was asked for within a call of the model, which would wait for itself; do it after the call"
 
 Pause = Callable[[], AbstractContextManager[object]]  # requests rest while its context is held
@@ -91,14 +89,14 @@ class Traffic:
         own, outer = threading.get_ident(), _VISITS.get()
         with self._changed:
             if self._measuring != own and not any(visit.traffic is self for visit in outer):
-                self._wait(lambda: not self._held_up_by, HELD_S)
+                await_turn(self._changed, lambda: not self._held_up_by, HELD_S)
             self._requests += 1  # counted before it waits, so that no further step starts meanwhile
             self.begun += 1
             visit = Visit(self, self.begun, self._requests > 1)
         try:
             _VISITS.set((*outer, visit))
             with self._changed:
-                self._wait(lambda: self._measuring in (None, own))
+                await_turn(self._changed, lambda: self._measuring in (None, own))
             yield visit
         finally:
             visit.is_over = True
@@ -106,14 +104,6 @@ class Traffic:
             with self._changed:
                 self._requests = max(0, self._requests - 1)  # it is 0 already if the process forked during the request
                 self._changed.notify_all()
-
-    def _wait(self, may_go_on: Callable[[], bool], most_s: float = math.inf) -> None:
-        """Let a request wait, for `most_s` seconds at most, unless its terms are violated. The lock is held."""
-        terms, end_s = CURRENT.get(), time.monotonic() + most_s
-        while not may_go_on() and (now_s := time.monotonic()) < end_s:
-            if terms is not None and (error := terms.violated(now_s)) is not None:
-                raise error
-            self._changed.wait(min(end_s - now_s, LOOK_S))
 
     @contextmanager
     def step(self, *, pauses: bool = True, resting: Pause = nullcontext) -> Iterator[None]:

@@ -45,6 +45,9 @@ class Int8Activations(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return kernels.RoundedLinear
 
+    def made(self, new: nn.Module) -> bool:
+        return False  # it makes nothing of a plain layer
+
     @property
     def wider_form(self) -> str:
         return "with activations of 16 bits"

@@ -13,6 +13,7 @@ from ..errors import TransformError
 from ..machine import gpus, outside
 from ..machine.device import cpu
 from ..model import linear_layers
+from ..runtime.kernels.modules import RoundedLinear
 from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def exchanged(variant: Variant) -> Iterator[tuple[str, LinearTransform, nn.Linea
             modules = dict(variant.modules[phase].named_modules())
             for name, linear in layers.items():
                 new = modules.get(name)
+                if isinstance(new, RoundedLinear):  # shares the tensors of the layer that was made
+                    new = new.precise[0]
                 yield from ((name, form, linear, new) for form in forms if new is not None and form.made(new))
 
 

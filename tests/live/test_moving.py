@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import autotune
+from autotune.live import original
 from autotune.live.former import Former
 from autotune.live.original import Original
 from autotune.live.status import State
@@ -30,6 +32,7 @@ from autotune.transforms.step_program import StepProgram
 from tests.fakes.cuda import FakeCuda
 from tests.live.test_parking import gpu, parked  # noqa: F401 - fixtures
 from tests.live.test_release import IDS, PACKED, greedy, scripted, wrapped  # noqa: F401 - fixtures
+from tests.machine.test_forking import ANSWERED, in_child
 from tests.models import tiny
 from tests.serve.servers import until
 
@@ -171,6 +174,27 @@ def test_what_would_wait_for_the_call_that_asks_for_it_is_refused(scripted: list
     assert model.autotune.status.original == "resident"
 
 
+def test_unwrap_within_a_call_that_tuning_waits_for_is_refused(scripted: list[Transform]) -> None:
+    model, said = wrapped(tiny("llama"), when="manual"), list[str]()
+
+    def ask(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        model.autotune._tuning.thread = Asked(lambda: stepping(model))
+        waiting(model)
+        with pytest.raises(autotune.StateError, match="within a call of the model"):
+            model.autotune.unwrap()
+        said.append(model.autotune.status.state)
+        return scores
+
+    def stepping(model: Any) -> None:
+        with model.autotune._tuning._traffic.step():
+            said.append("stepped")
+
+    greedy(model, tokens=1, logits_processor=[ask])
+    assert model.autotune._tuning.thread.answered() is None
+    assert said == ["waiting", "stepped"]
+    model.autotune.unwrap()
+
+
 @pytest.mark.parametrize("when", ["background", "another thread"])
 def test_unwrap_during_a_release_is_refused(scripted: list[Transform], when: str) -> None:
     with slow("release") as inside:
@@ -242,6 +266,50 @@ def test_a_release_that_was_refused_is_no_failure_of_tuning(
     assert "the original stays beside the plan" in caplog.text
     assert (model.autotune.status.state, model.autotune.status.original) == ("rolled back", "resident")
     assert greedy(model) == answer
+
+
+@pytest.mark.parametrize("place", [False, "parked"])
+def test_what_served_before_needs_the_original(gpu: FakeCuda, place: Any) -> None:
+    model = wrapped(tiny("llama"))
+    before = greedy(tiny("llama"))
+    former = Former(None, None, None, State.ORIGINAL, "as before", False)  # what `adopt` returned
+    model.autotune.commit(keep_original=place)
+    if place == "parked":
+        model.autotune.restore(former)
+        assert (model.autotune.status.state, model.autotune.status.original) == ("original", "resident")
+        assert greedy(model) == before
+    else:
+        with pytest.raises(autotune.StateError, match="cannot serve with what served before"):
+            model.autotune.restore(former)
+        assert model.autotune.status.state == "tuned"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_that_is_forked_during_a_release_has_the_original(
+    scripted: list[Transform], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on, move = threading.Event(), threading.Event(), original._move
+
+    def wait(*given: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        move(*given)
+
+    monkeypatch.setattr(original, "_move", wait)
+    model = tiny("llama")
+    answer = greedy(model)
+    wrapped(model)
+    commit = Asked(partial(model.autotune.commit, keep_original=False))
+    assert inside.wait(60)
+
+    def in_the_child() -> bool:
+        model.autotune.unwrap()
+        return greedy(model) == answer and bool(model.state_dict())
+
+    assert in_child(in_the_child) == ANSWERED
+    go_on.set()
+    assert commit.answered() is None
 
 
 def test_rollback_during_a_release_is_refused(scripted: list[Transform]) -> None:

@@ -209,6 +209,18 @@ def test_parked_then_released(gpu: FakeCuda) -> None:
         model.autotune.rollback()
 
 
+@pytest.mark.parametrize("when", ["background", "blocking"])
+def test_no_room_to_park_is_no_failure_of_tuning(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    def no_room(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("autotune.live.original.relocate", no_room)
+    model = wrapped(tiny("llama"), when=when, keep_original="parked")
+    if when == "background":
+        model.autotune._tuning.thread.join(60)
+    assert (model.autotune.status.state, model.autotune.status.original) == ("tuned", "resident")
+
+
 def test_on_a_cpu_there_is_nowhere_to_park() -> None:
     with pytest.raises(ValueError, match="where this model is already"):
         wrapped(tiny("llama"), keep_original="parked")

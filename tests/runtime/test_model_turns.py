@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from autotune.errors import RequestError
 from autotune.machine.ending import Cancelled
+from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.batching.turns import ModelTurns
 from tests.serve.servers import until
 
@@ -61,19 +63,59 @@ def test_a_caller_does_not_wait_for_an_engine_that_was_stopped(monkeypatch: pyte
         with changed, pytest.raises(Cancelled):
             turns.begin(stopped.is_set)
 
-    def later(is_true: Callable[[], object]) -> None:
-        """Wait as `wait_for` does, and look only once the caller has looked and waits again."""
-        while not is_true():
-            changed.wait()
-            changed.wait(0.3)
+    wait = changed.wait
+
+    def later(timeout: float | None = None) -> bool:
+        """Wait, and let the engine look only once the caller has looked and waits again."""
+        woken = wait(timeout)
+        return wait(0.3) or woken if threading.current_thread() is not calling else woken
 
     with turns.alone():
         calling = start(caller)
         until(lambda: turns._borrowers)
-        monkeypatch.setattr(changed, "wait_for", later)
+        monkeypatch.setattr(changed, "wait", later)
         working = start(engine)
         until(lambda: turns._is_wanted)
         stopped.set()
     working.join(WAIT_S)
     calling.join(WAIT_S)
     assert over.is_set()
+
+
+@pytest.mark.parametrize(
+    "terms", [RequestTerms(deadline_s=0.0), RequestTerms(cancelled=True)], ids=["late", "cancelled"]
+)
+def test_a_request_whose_terms_are_violated_waits_for_no_turn(terms: RequestTerms) -> None:
+    changed, refused = threading.Condition(), list[RequestError]()
+    turns = ModelTurns(changed)
+
+    def caller() -> None:
+        CURRENT.set(terms)
+        try:
+            with turns.alone():
+                pass
+        except RequestError as error:
+            refused.append(error)
+
+    with turns.alone():
+        calling = start(caller)
+        calling.join(WAIT_S)
+        assert refused
+    with turns.alone():  # nobody has it
+        pass
+
+
+def test_while_the_engine_waits_it_looks_at_who_waits_for_it() -> None:
+    changed, looked = threading.Condition(), threading.Event()
+    turns = ModelTurns(changed)
+
+    def engine() -> None:
+        with changed:
+            turns.begin(lambda: False, looked.set)
+        turns.end()
+
+    with turns.alone():
+        working = start(engine)
+        assert looked.wait(WAIT_S)
+    working.join(WAIT_S)
+    assert not working.is_alive()

@@ -409,6 +409,45 @@ def test_a_step_within_a_request_that_it_would_wait_for_is_refused() -> None:
         pass
 
 
+def test_a_step_within_a_request_is_refused_also_while_another_step_waits_for_it() -> None:
+    """A canary has its turn, and waits for the engine's, which the request holds."""
+    traffic, pausing, refused = Traffic(), threading.Event(), list[StateError]()
+    traffic.pause_by(lambda: pause)
+
+    @contextmanager
+    def pause() -> Iterator[None]:
+        pausing.set()
+        over.wait(WAIT_S)
+        yield
+
+    over = threading.Event()
+
+    def call() -> None:
+        try:
+            with traffic.step(pauses=False):
+                pass
+        except StateError as refusal:
+            refused.append(refusal)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("autotune.runtime.traffic.PATIENCE_S", 0.0)
+        with traffic.request():
+            context = copy_context()
+            canary = start(lambda: holding_step(traffic))
+            assert pausing.wait(WAIT_S)
+            asking = start(lambda: context.run(call))
+            asking.join(WAIT_S)
+            assert not asking.is_alive()
+            over.set()
+    canary.join(WAIT_S)
+    assert len(refused) == 1
+
+
+def holding_step(traffic: Traffic) -> None:
+    with traffic.step():
+        pass
+
+
 def test_a_step_that_waits_for_a_rest_lets_what_is_to_rest_make_requests() -> None:
     """An engine calls the objects of a caller who has left, in the context of a request that is over."""
     traffic, entered, seen = Traffic(), threading.Event(), list[str]()

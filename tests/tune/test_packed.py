@@ -18,6 +18,7 @@ from autotune import workload
 from autotune.machine import hardware
 from autotune.runtime import kernels
 from autotune.runtime.variant import Transform, Variant
+from autotune.transforms.int8_activations import Int8Activations
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linears import LinearTransform, exchanged, reusing
 from autotune.transforms.packed_prefill import PackedPrefill
@@ -41,6 +42,11 @@ PLANS: dict[str, tuple[Transform, ...]] = {
     "INT8, some wider": (WeightOnly("decode", bits=8, wide="down_proj"),),
     "INT4, compensated": (WeightOnly("decode", bits=4, rounding="compensated", wide="lm_head"),),
     "FP16": (WeightStorage("decode"),),
+    **{
+        f"{bits} bits, inputs of 8 in {phase}": (WeightOnly("both", bits=bits), Int8Activations(phase))
+        for bits, phase in ((8, "prefill"), (8, "decode"), (4, "decode"))
+        if kernels.available() is None and kernels.no_byte_unit(bits) is None
+    },
     "beside others": (WeightOnly("decode", bits=4), PackedPrefill("prefill"), LeanLoop(phase="decode")),
 }
 

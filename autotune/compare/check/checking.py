@@ -26,7 +26,7 @@ from ...validate.timing import Clock
 from ...workload import METRICS, prompts
 from . import harness, pace, subject, tasks
 from .baseline import Baseline, LatencySamples
-from .examine import NARROW, Examined, RecordedExam, examine, judge, judge_free, require_steps
+from .examine import Examined, RecordedExam, examine, judge, judge_free, require_steps
 from .folder import load
 from .localise import Decode, Localised, layer_shifts, localise
 from .recording import buckets
@@ -150,7 +150,7 @@ def require_answers(
             "latency cannot be checked, because it was not recorded: record the baseline again with latency, or give "
             "the recorded model to time against (--against, against=)"
         )
-    require_steps(base, tier, narrow=base.subject.dtype in NARROW)
+    require_steps(base, tier)
     return measure_latency
 
 

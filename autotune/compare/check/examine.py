@@ -14,7 +14,7 @@ from ...runtime.variant import Variant
 from ...validate import Quality, Verdict
 from ...validate.divergence import Divergence, find_defect
 from ...validate.exam import Exam
-from ...validate.quality import FULL_BYTES, answers, decide, require_alike, write_free
+from ...validate.quality import answers, decide, require_alike, write_free
 from ...validate.score import CandidateError, OutputError, Served
 from ...validate.tally import Tally, summarise
 from ...validate.texts import Text
@@ -48,7 +48,7 @@ class RecordedExam(Exam):
         Raises:
             BaselineError: steps were not recorded, but the tier needs them.
         """
-        require_steps(baseline, tier, narrow=variant.original.dtype.itemsize < FULL_BYTES)
+        require_steps(baseline, tier)
         is_stepped = tier == "lossless" and bool(baseline.stepped)
         asked = baseline.questions
         return cls(
@@ -81,13 +81,12 @@ class RecordedExam(Exam):
         return dense.reshape(len(group), -1, self.vocabulary).to(self.original.device)
 
 
-def require_steps(baseline: Baseline, tier: str, *, narrow: bool) -> None:
+def require_steps(baseline: Baseline, tier: str) -> None:
     """Raise BaselineError if a tier compares steps with steps, as "lossless" does in 16-bit types, and there are none.
 
-    Args:
-        narrow: whether the model computes in a 16-bit type; its logits may be FP32 all the same.
+    An FP32 baseline has none: a 16-bit model beside it is compared with its full forwards.
     """
-    if tier == "lossless" and narrow and not baseline.stepped:
+    if tier == "lossless" and baseline.subject.dtype in NARROW and not baseline.stepped:
         raise BaselineError(
             "tier lossless compares decoding steps of a 16-bit model with recorded steps, which an earlier version did "
             "not record: record the baseline again, or choose tier strict"

@@ -70,7 +70,7 @@ class Setup:
         _one_of("objective", objective, METRICS)
         self.limits = limits or Limits()
         self.workload = workload
-        self._shape = (new_tokens, None if batch_sizes is None else tuple(batch_sizes))
+        self._shape = (new_tokens, tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes)
         self._store = store
         self._bench: ArmBuilder | None = None
         self._arms: tuple[Arm, ...] | None = None

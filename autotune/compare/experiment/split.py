@@ -315,6 +315,9 @@ class Split(Layer):
     def _save(self, kind: str = "", text: str = "") -> None:
         if kind:
             self._record.note(kind, text)
+        if kind == RampState.ROLLED_BACK:
+            with self._lock:  # another thread may have heard of a resumption since
+                self._progress = rolled_back(self._progress, text)
         while later := self._save_unless_behind(self._progress):
             with self._lock:
                 is_news = later.turns > self._progress.turns

@@ -206,7 +206,7 @@ class Engine:
                 self._worker = None
                 return False
             self._gather()
-            self.turns.begin(lambda: self._stopped)
+            self.turns.begin(lambda: self._stopped, self._drop_violated_that_wait)
             return True
 
     def _lingers(self) -> bool:
@@ -251,10 +251,15 @@ class Engine:
                 self._end_prompt()
                 request.fail(error)
         with self._changed:
-            for request in tuple(self._waiting):
-                if error := request.violated(now_s):
-                    self._waiting.remove(request)
-                    request.fail(error)
+            self._drop_violated_that_wait()
+
+    def _drop_violated_that_wait(self) -> None:
+        """End the requests that are not begun, and were cancelled or are late. The lock is held."""
+        now_s = time.monotonic()
+        for request in tuple(self._waiting):
+            if error := request.violated(now_s):
+                self._waiting.remove(request)
+                request.fail(error)
 
     def _first_waiting(self) -> float:
         """The order of the most urgent request that waits; infinite if none does."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from ...errors import CancelledRequestError, DeadlineError, RequestError
 
 MOST_WAITING = 256  # requests that may wait in one place, for a row or for their turn; further ones are refused
+LOOK_S = 0.1  # who waits looks at the terms of requests so often
 AHEAD_S = 1.0  # a request goes before those that came up to so many seconds earlier, for each step of priority
 
 
@@ -55,3 +59,20 @@ class RequestTerms:
 
 # The terms of the request that a thread serves.
 CURRENT: ContextVar[RequestTerms | None] = ContextVar("autotune_terms", default=None)
+
+
+def await_turn(changed: threading.Condition, may_go_on: Callable[[], bool], most_s: float = math.inf) -> None:
+    """Wait until a request may go on, for `most_s` seconds at most.
+
+    Args:
+        changed: is notified of what may let it go on; its lock is held.
+
+    Raises:
+        RequestError: the terms on which the thread serves a request were violated meanwhile.
+    """
+    terms, end_s = CURRENT.get(), time.monotonic() + most_s
+    while not may_go_on() and (now_s := time.monotonic()) < end_s:
+        if terms is not None and (error := terms.violated(now_s)) is not None:
+            raise error
+        left_s = min(end_s - now_s, math.inf if terms is None else LOOK_S)
+        changed.wait(left_s if math.isfinite(left_s) else None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ...machine.ending import Cancelled
+from .terms import LOOK_S, await_turn
 
 
 class ModelTurns:
@@ -25,14 +26,21 @@ class ModelTurns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Enclose a call that the engine does not take: no step runs meanwhile. Calls within it have the same turn."""
+        """Enclose a call that the engine does not take: no step runs meanwhile. Calls within it have the same turn.
+
+        Raises:
+            RequestError: the terms of the request that the thread serves were violated while it waited.
+        """
         if self.is_here():
             yield
             return
         with self._changed:
             self._borrowers += 1
             try:
-                self._changed.wait_for(lambda: self._holder is None and not (self._is_wanted and self._owns_next))
+                await_turn(self._changed, lambda: self._holder is None and not (self._is_wanted and self._owns_next))
+            except BaseException:
+                self._changed.notify_all()  # the engine may have let it go first
+                raise
             finally:
                 self._borrowers -= 1
             self._holder = threading.get_ident()
@@ -48,17 +56,20 @@ class ModelTurns:
         """Whether it is the calling thread's turn. In the engine's, a caller's logits processor may call the model."""
         return self._holder == threading.get_ident()
 
-    def begin(self, is_stopped: Callable[[], bool]) -> None:
+    def begin(self, is_stopped: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Begin the engine's turn, or wait for it. The lock is held.
+
+        Args:
+            meanwhile: called every now and then while it waits.
 
         Raises:
             Cancelled: the engine was stopped.
         """
         self._is_wanted = True
         try:
-            self._changed.wait_for(
-                lambda: is_stopped() or (self._holder is None and (self._owns_next or not self._borrowers))
-            )
+            while not (is_stopped() or (self._holder is None and (self._owns_next or not self._borrowers))):
+                meanwhile()
+                self._changed.wait(LOOK_S)
         finally:
             self._is_wanted = False
             self._changed.notify_all()  # if it was stopped, those who let it go first need not

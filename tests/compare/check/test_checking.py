@@ -223,12 +223,10 @@ def test_steps_that_were_not_recorded_are_not_taken_for_compared(narrow_folder):
     assert check.run(narrow(), earlier, tier="strict").verdict is Verdict.PASS
 
 
-def test_a_16_bit_model_with_logits_in_fp32_needs_steps_too(tmp_path):
-    model = tiny("mamba").to(torch.bfloat16)
-    recorded = check.record(model, tmp_path / "mamba", prompts=token_prompts(18, 40), latency=False)
-    assert (recorded.subject.dtype, bool(recorded.stepped)) == ("float32", True)
-    with pytest.raises(BaselineError, match="record the baseline again"):
-        check.run(model, replace(recorded, stepped=()), tier="lossless")
+def test_a_model_that_became_narrower_than_its_baseline_fails(baseline):
+    narrowed = check.run(subject().to(torch.bfloat16), baseline, tier="lossless")
+    assert narrowed.verdict is Verdict.FAIL
+    assert "logits are bfloat16, recorded were float32" in [m.reason for m in narrowed.metrics]
 
 
 def plan_for(model: Any, *transforms: Any) -> Plan:

@@ -108,6 +108,27 @@ def test_a_guardrail_s_rollback_comes_after_a_resumption_that_was_not_heard_of(t
         assert live.share == 0.0
 
 
+def test_a_rollback_stays_though_another_thread_hears_of_a_resumption_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = two_workers(tmp_path)
+    one.rollback("it lies")
+    one.resume()
+    note = two._record.note
+
+    def noted(kind: str, text: str) -> None:
+        note(kind, text)
+        if kind == "rolled back":
+            two._save()  # as at the end of another request
+
+    monkeypatch.setattr(two._record, "note", noted)
+    two.rollback("it still does")
+    assert two.share == 0.0
+    one.stop()
+    two.stop()
+    assert restarted(tmp_path) == 0.0
+
+
 def test_the_later_of_a_rollback_and_a_resumption_counts_whichever_process_it_was_in(tmp_path: Path) -> None:
     one, two = two_workers(tmp_path)
     one.rollback("it lies")
