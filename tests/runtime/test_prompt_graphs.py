@@ -279,6 +279,7 @@ def test_captured_beside_a_compiled_prefill(fake: FakeCuda) -> None:
         calls.append(kwargs["input_ids"].shape[1])
         return plain(*args, **kwargs)
 
+    compiled.is_of_one_module = True  # type: ignore[attr-defined]  # as `Recompiling`
     module.forward = compiled
     captured = variant.with_transform(PROMPTS)
     for length in (40, 70):
