@@ -159,6 +159,8 @@ class Traffic:
         own = threading.get_ident()
         with self._changed:
             while not self.cancelled:
+                if not pauses and self.is_inside():  # before it waits for another step, which may wait for this call
+                    raise StateError(WITHIN)
                 if self._has_step:
                     self._changed.wait()
                     continue

@@ -417,7 +417,7 @@ def test_a_step_within_a_request_is_refused_also_while_another_step_waits_for_it
     @contextmanager
     def pause() -> Iterator[None]:
         pausing.set()
-        over.wait(WAIT_S)
+        over.wait(10 * WAIT_S)
         yield
 
     over = threading.Event()
