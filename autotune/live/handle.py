@@ -100,6 +100,9 @@ class Handle(Wrapped):
         """The workload that `wrap` or `tune` was given; None: none was given."""
         return self._tuning.given
 
+    def live_request(self) -> AbstractContextManager[object]:
+        return self._serving.live_request()
+
     @property
     def plan(self) -> Plan | None:
         """The plan that tuning found, whether committed or not; None before tuning."""

@@ -105,6 +105,10 @@ class Serving:
         """Whether the plan serves calls now."""
         return self.active is not None and self._stale is None and not self.watch.open()
 
+    def live_request(self) -> AbstractContextManager[object]:
+        """Enclose an answer that an experiment's candidate gives: tuning measures nothing beside it."""
+        return self._traffic.request()
+
     @property
     def pause(self) -> Pause | None:
         """Pauses the calls that the plan decodes together; None if it serves each by itself, or does not serve."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from ..model import route
@@ -26,6 +27,16 @@ class Wrapped(ABC):
     @abstractmethod
     def given(self) -> Workload | None:
         """The workload that it was given to tune for; None: none was given."""
+
+    @abstractmethod
+    def live_request(self) -> AbstractContextManager[object]:
+        """Enclose an answer that something else gives in its place: tuning then measures nothing beside it."""
+
+
+def live_request(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Enclose an answer to one of a model's callers that its handle, if it has one, does not give."""
+    found = _wrapped(model)
+    return nullcontext() if found is None else found.live_request()
 
 
 def serving_variant(model: PreTrainedModel) -> Variant:

@@ -18,6 +18,7 @@ from ...runtime import dispatch
 from ...runtime.attempt import Attempt
 from ...runtime.batching.terms import CURRENT
 from ...runtime.token_clock import TokenClock
+from ...runtime.wrapped import live_request
 from ...tune import codec
 from . import guardrails, ramp
 from .arms import is_same
@@ -239,7 +240,7 @@ class Split(Layer):
         """Return the candidate's answer, computed with a fresh cache, because the control may need the prepared one."""
         variant = self._variant
         own = call.with_fresh_cache(variant.original).with_processor_before(_refuse_nan)
-        with variant.device.guard():
+        with live_request(self._model), variant.device.guard():
             # transformers' loop runs over `front`, which tells failures of the model from those of caller's callbacks
             return dispatch.sample(variant, own) if variant.transforms else own.run_on(variant.front)
 

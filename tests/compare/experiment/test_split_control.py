@@ -134,6 +134,20 @@ def test_the_original_stays_where_it_is_while_an_experiment_runs(tmp_path: Path,
         assert (model.autotune.status.original, live.status.counts) == ("resident", {"candidate": 1})
 
 
+def test_tuning_measures_nothing_beside_a_candidate(tmp_path: Path) -> None:
+    model, inside = autotune.wrap(tiny(), when="manual", cache=False), list[bool]()
+    traffic = model.autotune._tuning._traffic
+
+    def look(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        inside.append(traffic.is_inside())
+        return scores
+
+    with experiment(tmp_path, other=other()).split(model, ramp=(1.0,), guardrails=(ERRORS,)) as live:
+        answer(model, PROMPTS[0], logits_processor=[look])
+        assert live.status.counts == {"candidate": 1}
+    assert set(inside) == {True}
+
+
 def test_another_model_answers_whatever_is_done_to_the_control(llama: PreTrainedModel, tmp_path: Path) -> None:
     candidate = other()
     expected = answer(candidate, PROMPTS[0])
