@@ -234,12 +234,12 @@ class Handle(Wrapped):
             StateError: the original was released, maybe while this waited for tuning to end; the plan serves on then.
                 Or this is within a call of the model, for which tuning may be waiting, or parked weights would.
         """
-        self._winner.bring_back("unwrap")
-        self._tuning.stop()
-        while self._winner.original.place is not Residence.RESIDENT:  # what was just ending has moved the weights
-            self._tuning.resume()
+        while True:
             self._winner.bring_back("unwrap")
             self._tuning.stop()
+            if self._winner.original.place is Residence.RESIDENT:
+                break
+            self._tuning.resume()  # what was just ending has moved the weights
         self._serving.active = None
         route.detach(self._model)
         kernels.free_kept()

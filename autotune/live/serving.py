@@ -19,7 +19,7 @@ from ..machine import intraop, outside
 from ..model import modes, seam, sharding
 from ..runtime import dispatch
 from ..runtime.attempt import Attempt
-from ..runtime.batching.terms import CURRENT
+from ..runtime.batching.terms import seeded
 from .original import RELOAD, Original, Residence
 from .status import State
 from .watch.breaker import BreakerState, Event, Rules
@@ -146,11 +146,8 @@ class Serving:
 
     def sample(self, call: seam.Sampling) -> Any:
         devices.of(self._model).check()
-        terms = CURRENT.get()
-        if terms is not None and terms.seed is not None:
-            call = call.seeded(terms.seed)
         try:
-            return self._route(call)
+            return self._route(seeded(call))
         finally:
             self._rest()
 

@@ -18,7 +18,7 @@ import torch
 from ..errors import QueueFullError, StateError, WorkloadError
 from ..machine import bells, ending, forking
 from ..model import seam
-from ..runtime.batching.terms import CURRENT, MOST_WAITING, RequestTerms
+from ..runtime.batching.terms import CURRENT, LOOK_S, MOST_WAITING, RequestTerms
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 # The settings by which one sequence is generated and streamed, with the only value that each may have.
 SINGLE = {"streamer": None, "num_return_sequences": 1, "num_beams": 1, "return_dict_in_generate": False}
-WAKE_S = 0.1  # a request that waits for its turn looks at its terms so often
 
 
 class Submitted:
@@ -276,7 +275,7 @@ class Submissions:
         try:
             with self._changed:
                 while (error := request.violated()) is None and not self._is_next(request):
-                    self._changed.wait(WAKE_S)
+                    self._changed.wait(LOOK_S)
                 if error is not None:
                     raise error
                 self._running += 1

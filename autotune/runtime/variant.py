@@ -261,9 +261,8 @@ class Variant:
         for module in {id(self.modules[p]): self.modules[p] for p in phases}.values():
             shared_outside = any(self.modules[q] is module for q in PHASES if q not in phases)
             if id(module) not in self._editable or shared_outside:
-                with (
-                    self.turn() if seam.exchanges_experts(module) else nullcontext()
-                ):  # else it might keep that for good
+                # the twin of a module that is exchanged during a live request would keep the exchange for good
+                with self.turn() if seam.exchanges_experts(module) else nullcontext():
                     twin = fork(module)
                 self._editable.add(id(twin))
                 self.modules |= {p: twin for p in phases if self.modules[p] is module}

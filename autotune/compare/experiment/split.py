@@ -16,7 +16,7 @@ from ...machine import forking, outside
 from ...model import modes, route, seam
 from ...runtime import dispatch
 from ...runtime.attempt import Attempt
-from ...runtime.batching.terms import CURRENT
+from ...runtime.batching.terms import seeded
 from ...runtime.token_clock import TokenClock
 from ...runtime.wrapped import live_request
 from ...tune import codec
@@ -203,7 +203,7 @@ class Split(Layer):
             if chosen:
                 self._count(f"bypassed: {reason}")
             return self.control(call)
-        return self._candidate(call) if chosen else self._timed_control(call)
+        return self._candidate(seeded(call)) if chosen else self._timed_control(call)
 
     def _timed_control(self, call: seam.Sampling) -> Any:
         tokens, start_s = TokenClock(call.streamer, self._clock), self._clock()
@@ -212,9 +212,6 @@ class Split(Layer):
         return result
 
     def _candidate(self, call: seam.Sampling) -> Any:
-        terms = CURRENT.get()
-        if terms is not None and terms.seed is not None:
-            call = call.seeded(terms.seed)
         attempt = Attempt(call, self._variant.device)
         tokens, start_s = TokenClock(attempt.call.streamer, self._clock), self._clock()
         try:

@@ -66,7 +66,7 @@ from .caches import (
     narrow_cache,
     replace_layers,
 )
-from .calls import ARGUMENTS, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable
+from .calls import OPTIONS, Sampling, marking, other_loops, processed, remembers, routable
 from .models import (
     COMPILED,
     EAGER,
@@ -89,7 +89,6 @@ from .shards import is_sharding, resharding, sharded, tensor_parallel
 from .stops import SequenceEnd, stops, streamed
 
 __all__ = [
-    "ARGUMENTS",
     "BARE",
     "CACHE_NAMES",
     "COMPILED",

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .scoring import Score
 
 OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # LOOP's arguments
-# forward's arguments that a plan understands
-ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
-LEFT_BY_GENERATE = {"tokenizer"}  # arguments of generate's own that it hands to the loop as if they were forward's
+# arguments of generate's own that it hands to the loop as if they were forward's
+LEFT_BY_GENERATE = frozenset({"tokenizer"})
+# the loop's arguments that a plan understands
+UNDERSTOOD = LEFT_BY_GENERATE.union({"attention_mask", "position_ids", "use_cache", "logits_to_keep"}, CACHE_NAMES)
+REPLACED = LEFT_BY_GENERATE.union(CACHE_NAMES)  # those that a forward of autotune's own does not take over
 
 REMEMBERING = {  # transformers' logits processors that keep state between tokens
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
@@ -128,7 +130,7 @@ class Sampling:
         Args:
             part: tokens to compute; the cache holds those before them.
         """
-        given = {k: v for k, v in self.model_kwargs.items() if k not in {*CACHE_NAMES, *LEFT_BY_GENERATE}}
+        given = {k: v for k, v in self.model_kwargs.items() if k not in REPLACED}
         if self.mask is not None:
             given["attention_mask"] = self.mask[..., : part.stop]
         return {
@@ -141,14 +143,12 @@ class Sampling:
 
     def unusual_argument(self) -> str | None:
         """The argument for forward that no plan understands, in words, or None."""
-        known = ARGUMENTS | LEFT_BY_GENERATE
-        if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in known and v is not None):
+        if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in UNDERSTOOD and v is not None):
             return f"argument {unknown[0]}"
         positions, width = self.model_kwargs.get("position_ids"), self.input_ids.shape[1]
-        given = positions is not None
         if any(each is not None and each.shape[-1:] != (width,) for each in (self.mask, positions)):
             return "a mask or positions of another width than the prompt's"  # generate reads the last ones
-        if given and not hasattr(self.model, "_prepare_position_ids_for_generation"):
+        if positions is not None and not hasattr(self.model, "_prepare_position_ids_for_generation"):
             return "argument position_ids"  # to 5.1 the loop does not continue the caller's positions
         if positions is not None and positions.dim() != 2:  # of time, height and width, as for images
             return "positions of several dimensions"

@@ -8,8 +8,12 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ...errors import CancelledRequestError, DeadlineError, RequestError
+
+if TYPE_CHECKING:
+    from ...model.seam import Sampling
 
 MOST_WAITING = 256  # requests that may wait in one place, for a row or for their turn; further ones are refused
 LOOK_S = 0.1  # who waits looks at the terms of requests so often
@@ -59,6 +63,12 @@ class RequestTerms:
 
 # The terms of the request that a thread serves.
 CURRENT: ContextVar[RequestTerms | None] = ContextVar("autotune_terms", default=None)
+
+
+def seeded(call: Sampling) -> Sampling:
+    """The same call, drawn by the seed in the terms of the request that the thread serves, if they have one."""
+    terms = CURRENT.get()
+    return call if terms is None or terms.seed is None else call.seeded(terms.seed)
 
 
 def await_turn(changed: threading.Condition, may_go_on: Callable[[], bool], most_s: float = math.inf) -> None:

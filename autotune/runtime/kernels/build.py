@@ -87,14 +87,7 @@ def load() -> Path:
         raise BuildError("there is no directory to keep the compiled operators in; set AUTOTUNE_CACHE_DIR")
     key = build_key(compiler)
     for library in sorted(cache.glob(f"{key}-*.so")):
-        try:
-            cache_dir.require_own(library)
-            intact = _intact(library)
-        except OSError as reason:
-            intact, damage = False, str(reason)
-        else:
-            damage = "its content is not what its name says"
-        if intact:
+        if (damage := _damage(library)) is None:
             return _register(library)  # another of the same content would load no better
         log.warning("%s is not used: %s; building it again", library, damage)
         _remove(library)
@@ -203,8 +196,14 @@ def _remove(library: Path) -> None:
         log.debug("%s stays: %s", library, reason)
 
 
-def _intact(library: Path) -> bool:
-    return library.stem.endswith(f"-{_digest(library)}")
+def _damage(library: Path) -> str | None:
+    """Why a library in the cache must not be loaded, or None."""
+    try:
+        cache_dir.require_own(library)
+        is_intact = library.stem.endswith(f"-{_digest(library)}")
+    except OSError as reason:
+        return str(reason)
+    return None if is_intact else "its content is not what its name says"
 
 
 def _digest(file: Path) -> str:
