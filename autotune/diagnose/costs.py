@@ -116,7 +116,7 @@ class PhaseProfile:
         weight_bytes: weight bytes that must move per call or token, as stored.
         cache_bytes: KV-cache bytes read and written per call or token.
         busy: share of the time in which the device works inside operators, 0 to 1.
-        compute_dtype: dtype the matmuls run in ("float32", ...), the key into Hardware.flops_per_s.
+        compute_dtype: what the matmuls compute in ("float32", "int8", ...), see `Hardware.peak_flops_per_s`.
         linear_s: seconds of a call or token spent in matmuls over weights.
         attention_s: seconds in attention proper.
         operator_count: operators dispatched per call or token.

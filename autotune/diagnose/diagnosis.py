@@ -191,9 +191,11 @@ def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
     unit = UNITS[phase.phase]
     if bound == "compute":
         peak, rate = hardware.peak_flops_per_s(phase.compute_dtype), phase.flops / phase.seconds
+        known = phase.compute_dtype in hardware.flops_per_s
+        best = f"the {_flops(peak)} measured" if known else f"at most {_flops(peak)}"
         return (
             f"{phase.phase} computes {_flops(phase.flops, '')} {unit} at {_flops(rate)}, "
-            f"{_percent(rate / peak)} of the {_flops(peak)} measured for {phase.compute_dtype}"
+            f"{_percent(rate / peak)} of {best} for {phase.compute_dtype}"
         )
     peak, rate = hardware.bandwidth_bytes_per_s, phase.moved_bytes / phase.seconds
     cache = f", {_percent(phase.cache_bytes / phase.moved_bytes)} of it KV cache," if bound == "kv-cache" else ""

@@ -193,15 +193,15 @@ def _kept(config: Any, kind: str | None) -> Keys | None:
     return Keys(heads, kv_heads, size, window if kind in ("sliding_attention", "chunked_attention") else None)
 
 
-def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype of most matmuls: a replaced layer's `dtype` attribute, or the dtype of the activations."""
-    sizes = dict[torch.dtype, int]()
+def compute_dtype(model: PreTrainedModel) -> str:
+    """Return what most matmuls compute in: what a replaced layer states as `arithmetic` or `dtype`, or activations'."""
+    usual, sizes = str(activation_dtype(model)), dict[str, int]()
     for _, module in _parts(model):
         if shape := linear_shape(module):
-            own = getattr(module, "dtype", None)
-            dtype = own if isinstance(own, torch.dtype) else activation_dtype(model)
-            sizes[dtype] = sizes.get(dtype, 0) + shape[0] * shape[1]
-    return max(sizes, key=lambda dtype: sizes[dtype], default=activation_dtype(model))
+            own = getattr(module, "arithmetic", None) or getattr(module, "dtype", None)
+            name = str(own) if isinstance(own, (str, torch.dtype)) else usual
+            sizes[name] = sizes.get(name, 0) + shape[0] * shape[1]
+    return max(sizes, key=lambda name: sizes[name], default=usual).removeprefix("torch.")
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:

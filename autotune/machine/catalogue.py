@@ -2,8 +2,8 @@
 
 A GPU's peaks are dense ones, with FP32 accumulation. A CPU's figures are computed from its product page: channels x
 transfers/s x 8 bytes, and cores x base clock x FLOP per cycle and core. Two FMA units of 256 bits (Zen 4) do 32 FLOP a
-cycle in FP32, two of 512 bits (Zen 5, Xeon) 64; AMX does 1024 in BF16 and 2048 in INT8 (Intel's optimization manual,
-chapter on AMX). A dtype whose peak is not certain is not listed.
+cycle in FP32 and twice as many in BF16 (VDPBF16PS), two of 512 bits (Zen 5, Xeon) 64 in FP32; AMX does 1024 in BF16 and
+2048 in INT8 (Intel's optimization manual, chapter on AMX). A dtype whose peak is not certain is not listed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _gpu(
     return Machine(name, "cuda", system_name, memory_gb * 10**9, 1e9 * gb_per_s, flops_per_s, source)
 
 
-ZEN4, ZEN5 = {"float32": 32}, {"float32": 64}
+ZEN4, ZEN5 = {"float32": 32, "bfloat16": 64}, {"float32": 64, "bfloat16": 128}
 XEON = {"float32": 64, "bfloat16": 1024, "int8": 2048}
 SHEET, SPARSE = "data sheet", "data sheet, half of the sparse peaks"
 GEFORCE = "NVIDIA GeForce RTX 4090"

@@ -81,13 +81,16 @@ class Hardware:
         the 16-bit peak, since tensor cores do twice as many operations on 8 bits as on 16 (NVIDIA's datasheets, Ampere
         to Blackwell). They do half as many in TF32, which is at least as fast as FP32 without them.
 
-        "int16" is the arithmetic of packed INT8 and INT4 weights on a CPU, by inputs of 16 bits.
+        "int16" is the arithmetic of packed INT8 and INT4 weights on a CPU, by inputs of 16 bits; "bfloat16x3" are three
+        BF16 products in place of one in FP32.
         """
         peaks = self.flops_per_s
         if dtype in peaks:
             return peaks[dtype]
         if dtype == "int8" and self.device == "cpu" and self.capability == "AVX2":
             return peaks.get("float32", 0.0) * INT8_RATE_AVX2
+        if dtype == "bfloat16x3":
+            return self.peak_flops_per_s("bfloat16") / 3
         if dtype == "int16":
             return peaks.get("float32", 0.0) * (INT16_RATE if self.capability in ("AVX2", "AVX512") else 1.0)
         best, half = max(peaks.values()), max(peaks.get(name, 0.0) for name in ("bfloat16", "float16"))

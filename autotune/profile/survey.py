@@ -172,7 +172,7 @@ def _phase(
     contexts: tuple[ScalePoint, ...],
 ) -> PhaseProfile:
     model = variant.modules[phase]
-    name = str(compute_dtype(model)).removeprefix("torch.")
+    name = compute_dtype(model)
     if name == "float32" and seen is not None and uses_tf32():
         name = "tf32"
     work = {

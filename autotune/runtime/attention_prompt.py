@@ -12,7 +12,6 @@ from ..model import seam
 from . import kernels
 
 PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that an FP32 number is split into
-PRODUCTS = {1: 1, 2: 3}  # parts -> BF16 products in place of one
 NAMES = {precision: f"autotune_{precision}_prefill" for precision in PARTS}  # in transformers' registry
 PARTS_BY_NAME = {NAMES[precision]: parts for precision, parts in PARTS.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,7 +36,7 @@ class StoredTransform(LinearTransform):
     weights: str = "own"
 
     parts: ClassVar[int]  # BF16 numbers that one FP32 number is split into
-    products: ClassVar[int]  # BF16 products that replace one FP32 product
+    arithmetic: ClassVar[str]  # see `Hardware.peak_flops_per_s`
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # for narrower weights, torch already uses BF16
 
     def __post_init__(self) -> None:
@@ -83,10 +83,8 @@ class StoredTransform(LinearTransform):
         return super().unavailable(variant, hardware)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        rate = hardware.peak_flops_per_s("bfloat16") / self.products
-        able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
         read = weight_bytes(phase, 4) if self.weights == "decode" else phase.weight_bytes  # at best 4 bits each
-        return ceilings.faster_weights(phase, able, read, compute_dtype=self.name)
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype=self.arithmetic)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class LinearBf16(StoredTransform):
     name: ClassVar[str] = "linear_bf16"
     summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, without a copy of them; C++ kernels"
     parts: ClassVar[int] = 1
-    products: ClassVar[int] = 1
+    arithmetic: ClassVar[str] = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class LinearBf16x3(StoredTransform):
     summary: ClassVar[str] = "FP32 matmuls in prefill as three of BF16 over split numbers; C++ kernels"
     lossless: ClassVar[bool] = True
     parts: ClassVar[int] = 2
-    products: ClassVar[int] = 3
+    arithmetic: ClassVar[str] = "bfloat16x3"
 
 
 def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:

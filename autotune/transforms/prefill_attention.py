@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..diagnose import ceilings
@@ -63,11 +63,7 @@ class PrefillAttention(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """Best case: attention and the operators around it take only the time of attention's FLOPs."""
-        if not (parts := attention_prompt.PARTS[self.precision]):
-            return {"prefill": ceilings.faster_attention(profile.phases["prefill"], hardware)}
-        rate = hardware.peak_flops_per_s("bfloat16") / attention_prompt.PRODUCTS[parts]
-        able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.precision: rate})
-        return {"prefill": ceilings.faster_attention(profile.phases["prefill"], able, self.precision)}
+        return {"prefill": ceilings.faster_attention(profile.phases["prefill"], hardware, self.precision)}
 
     def apply(self, variant: Variant) -> None:
         if reason := self._missing():

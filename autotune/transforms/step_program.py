@@ -77,7 +77,7 @@ class StepProgram(Transform):
         The program has kernels of its own: torch's may read plain weights at half of the memory's bandwidth.
         """
         phase = profile.phases["decode"]
-        dtype = "float32" if getattr(torch, phase.compute_dtype) in NARROW else None
+        dtype = "float32" if getattr(torch, phase.compute_dtype, None) in NARROW else None
         return {"decode": ceilings.less_overhead(phase, hardware, new_kernels=True, compute_dtype=dtype)}
 
     def apply(self, variant: Variant) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
 
+SIMILAR = {"int8": "float32", "int16": "float32", "bfloat16x3": "bfloat16"}  # peaks that no data sheet lists
 MIN_MACHINE_GAIN = 1.25  # least speed-up by data sheets that counts; they promise 10 to 25 % more than is measured
 
 
@@ -44,9 +45,12 @@ def gains_on(served: ServingVariant, machine: Machine) -> dict[str, float] | Non
     if machine.is_here(served.hardware) or too_small:
         return None
     for phase in PHASES:
-        if (found := served.profile.phases.get(phase)) is None or (there_s := _sheet_s(found, machine)) is None:
+        if (found := served.profile.phases.get(phase)) is None:
             continue
-        if here_s := _here_s(found, served.hardware):
+        if (dtype := _compared_in(found, served.hardware)) not in machine.flops_per_s:
+            continue
+        there_s = _sheet_s(found, machine, dtype)
+        if here_s := _here_s(found, served.hardware, dtype):
             kept_s, worked_s = _divided(found)
             launched_s = _launches(served, machine).get(phase, 0) * SMALL_KERNEL_S
             gains[METRIC_OF[phase]] = found.seconds / (max(kept_s, launched_s) + worked_s * there_s / here_s)
@@ -54,16 +58,21 @@ def gains_on(served: ServingVariant, machine: Machine) -> dict[str, float] | Non
     return gains if useful else None
 
 
-def _sheet_s(phase: PhaseProfile, machine: Machine) -> float | None:
-    """The phase's floor by a data sheet, seconds; None if the sheet has no peak for the phase's dtype."""
-    peak = machine.flops_per_s.get(phase.compute_dtype)
-    return floor_s(phase.flops, phase.moved_bytes, peak, machine.bandwidth_bytes_per_s) if peak else None
+def _compared_in(phase: PhaseProfile, here: Hardware) -> str:
+    """The arithmetic in which machines are compared: the phase's, or one whose units grow with its own."""
+    dtype = phase.compute_dtype
+    return dtype if dtype in here.flops_per_s else SIMILAR.get(dtype, dtype)
 
 
-def _here_s(phase: PhaseProfile, hardware: Hardware) -> float:
+def _sheet_s(phase: PhaseProfile, machine: Machine, dtype: str) -> float:
+    """The phase's floor by a data sheet, seconds."""
+    return floor_s(phase.flops, phase.moved_bytes, machine.flops_per_s[dtype], machine.bandwidth_bytes_per_s)
+
+
+def _here_s(phase: PhaseProfile, hardware: Hardware, dtype: str) -> float:
     """The phase's floor on this machine, seconds: by its data sheet, as for other machines, else by measured peaks."""
     sheet = _sheet(hardware)
-    return (_sheet_s(phase, sheet) if sheet else None) or roofline_s(phase, hardware)
+    return _sheet_s(phase, sheet, dtype) if sheet else roofline_s(phase, hardware, dtype)
 
 
 def _sheet(hardware: Hardware) -> Machine | None:
@@ -84,7 +93,8 @@ def _launches(served: ServingVariant, machine: Machine) -> Mapping[Phase, int]:
 
 def _figures(served: ServingVariant, machine: Machine, gains: Mapping[str, float]) -> str:
     """Describe both machines' figures, for the dtypes that serve."""
-    dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC_OF[p] in gains)
+    phases = [found for p, found in served.profile.phases.items() if METRIC_OF[p] in gains]
+    dtypes = dict.fromkeys(_compared_in(found, served.hardware) for found in phases)
 
     def figures(of: Machine | Hardware) -> str:
         rates = [f"{n.scaled(of.flops_per_s.get(dtype), 'FLOP/s')} in {dtype}" for dtype in dtypes]
@@ -102,7 +112,8 @@ def _assumed(served: ServingVariant, machine: Machine, gains: Mapping[str, float
     for phase, found in served.profile.phases.items():
         if METRIC_OF[phase] in gains:
             kept_s, worked_s = _divided(found)
-            share = min(1.0, _here_s(found, served.hardware) / worked_s) if worked_s else None
+            here_s = _here_s(found, served.hardware, _compared_in(found, served.hardware))
+            share = min(1.0, here_s / worked_s) if worked_s else None
             shares.append(f"{phase} {n.percent(share)}")
             kept.append(f"{ms(kept_s)} {UNITS[phase]}")
             launched.append(f"{launches.get(phase, 0)} {UNITS[phase]}")

@@ -184,6 +184,15 @@ def test_evidence_is_a_sentence_with_the_numbers_that_decided() -> None:
     assert found.roofline_share == pytest.approx(1 / found.ceiling)
 
 
+def test_a_peak_that_was_not_measured_is_told_as_a_bound() -> None:
+    prefill = replace(DECODE, phase="prefill", samples_s=(1.0,), flops=280e9, weight_bytes=1e6, linear_s=0.9)
+    prefill = replace(prefill, compute_dtype="int8")
+    assert diagnose(prefill, CPU).evidence == (
+        "prefill computes 280 GFLOP a call at 280 GFLOP/s, 17 % of at most 1.68 TFLOP/s for int8: compute-bound; "
+        "at 100 % it would be 6.0x faster"
+    )
+
+
 def test_evidence_of_overhead_tells_how_much_and_from_what() -> None:
     found = diagnose(replace(DECODE, busy=0.35), CPU)
     assert found.evidence == (

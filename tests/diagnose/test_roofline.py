@@ -87,6 +87,7 @@ def test_size_of_the_cache(
         ("AVX512", "int16", 210e9),
         ("AVX512", "int8", 560e9),
         ("NEON", "int16", 140e9),
+        ("AVX2", "bfloat16x3", 0.05e9),
         ("NEON", "int8", 560e9),
     ],
 )

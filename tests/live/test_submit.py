@@ -651,13 +651,16 @@ def hold(ids, scores):
         pass
     return scores
 
+def tell(count):
+    print(f"{count} ", end="")  # at once: another thread's number may not come before the blank
+
 def ask(ids, **options):
-    print(len(called(model, ids, max_new_tokens=30, **options)) - len(ids))
+    tell(len(called(model, ids, max_new_tokens=30, **options)) - len(ids))
 
 pool = ThreadPoolExecutor(2)
 for ids in token_prompts(3):  # the last one begins while the process ends
     pool.submit(ask, ids, logits_processor=[hold])
-pool.submit(lambda: print(len(model.autotune.submit(token_prompts(1)[0], max_new_tokens=5, **TOKENS).result()[0])))
+pool.submit(lambda: tell(len(model.autotune.submit(token_prompts(1)[0], max_new_tokens=5, **TOKENS).result()[0])))
 begun.wait()
 """
 

@@ -133,14 +133,37 @@ class Hidden(torch.nn.Module):
         self.dtype = dtype
 
 
+PACKED = ("weight_only", {"bits": 8}, "decode")
+BUILT = kernels.available() is None
+INTEGERS = "int16" if BUILT and kernels.Int8Linear.from_weight(torch.ones(16, 32)).in_integers else "float32"
+ARITHMETIC = [  # transforms, and what prefill and decode then compute in
+    ((), "float32", "float32"),
+    ((("weight_storage", {}, "decode"),), "float32", "float32"),
+    ((PACKED,), "float32", INTEGERS),
+    ((PACKED, ("packed_prefill", {}, "prefill")), INTEGERS, INTEGERS),
+    ((PACKED, ("int8_activations", {}, "decode")), "float32", "int8"),
+    ((("linear_bf16", {}, "prefill"),), "bfloat16", "float32"),
+    ((PACKED, ("linear_bf16", {"weights": "decode"}, "prefill")), "bfloat16", INTEGERS),
+    ((("linear_bf16x3", {}, "prefill"),), "bfloat16x3", "float32"),
+]
+
+
 @pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
-def test_packed_layers_of_a_16_bit_model_compute_in_fp32() -> None:
-    variant = Variant(models.tiny("llama").bfloat16()).with_transform(transforms.make("weight_only", {}, "decode"))
+@pytest.mark.parametrize(("parts", "prefill", "decode"), ARITHMETIC)
+def test_layers_state_what_they_compute_in(parts: tuple[Any, ...], prefill: str, decode: str) -> None:
+    chain = [transforms.make(*part) for part in parts]
+    variant = Variant(models.tiny("llama"))
+    if lacking := [why for t in chain if (why := getattr(t, "missing", lambda: None)())]:
+        pytest.skip(lacking[0])
+    variant = variant.with_transforms(chain)
+    assert {phase: compute_dtype(m) for phase, m in variant.modules.items()} == {"prefill": prefill, "decode": decode}
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+def test_packed_layers_of_a_16_bit_model_do_not_compute_in_its_dtype() -> None:
+    variant = Variant(models.tiny("llama").bfloat16()).with_transform(transforms.make(*PACKED))
     found = {phase: (compute_dtype(m), activation_dtype(m)) for phase, m in variant.modules.items()}
-    assert found == {
-        "prefill": (torch.bfloat16, torch.bfloat16),
-        "decode": (torch.float32, torch.bfloat16),
-    }
+    assert found == {"prefill": ("bfloat16", torch.bfloat16), "decode": (INTEGERS, torch.bfloat16)}
 
 
 def test_replaced_layers_count_as_they_state() -> None:
@@ -153,11 +176,11 @@ def test_replaced_layers_count_as_they_state() -> None:
     replaced = count(model, DECODE, 4)[FFN]
     assert replaced.flops == plain.flops
     assert replaced.weight_bytes == plain.weight_bytes - 4 * 64 * 96 * 2
-    assert (compute_dtype(model), activation_dtype(model)) == (torch.float32, torch.float32)
+    assert (compute_dtype(model), activation_dtype(model)) == ("float32", torch.float32)
     for layer in model.model.layers:
         layer.mlp.down_proj = Hidden(torch.bfloat16)
     model.lm_head = Hidden(torch.bfloat16)
-    assert (compute_dtype(model), activation_dtype(model)) == (torch.bfloat16, torch.float32)
+    assert (compute_dtype(model), activation_dtype(model)) == ("bfloat16", torch.float32)
 
 
 @pytest.mark.parametrize(

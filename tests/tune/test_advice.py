@@ -164,6 +164,8 @@ def test_without_its_data_a_piece_is_left_out(piece: Piece, served: ServingVaria
 
 
 BF16 = {"prefill": replace(PREFILL, compute_dtype="bfloat16"), "decode": replace(DECODE, compute_dtype="bfloat16")}
+FP16 = {"prefill": replace(PREFILL, compute_dtype="float16"), "decode": replace(DECODE, compute_dtype="float16")}
+PACKED = {"prefill": replace(PREFILL, compute_dtype="int8"), "decode": replace(DECODE, compute_dtype="int16")}
 IDLE = {"prefill": replace(PREFILL, busy=0.1), "decode": replace(DECODE, busy=0.1)}
 EPYC = replace(CPU, name="AMD EPYC 9654 96-Core Processor")
 DESKTOP = replace(CPU, bandwidth_bytes_per_s=80e9, flops_per_s={"float32": 4e12})
@@ -201,7 +203,13 @@ MACHINE_GAINS: list[tuple[str, str, ServingVariant, dict[str, float] | None]] = 
     ("itself, a processor", "AMD EPYC 9654", served(hardware=EPYC), None),
     ("slower", "NVIDIA A100 SXM 80 GB", ON_H100, None),
     ("too little gain", "AMD Ryzen 9 9950X", served(hardware=DESKTOP), None),
-    ("dtype without a peak", "AMD EPYC 9654", served(**BF16), None),
+    ("dtype without a peak", "AMD EPYC 9654", served(**FP16), None),
+    (
+        "integers that no sheet lists",
+        "AMD EPYC 9654",
+        served(**PACKED),
+        {"ttft": 1 / (0.1 + 0.9 * 0.01356337 / 0.5), "tpot": 0.1 / (0.01 + 0.09 * 0.002604167 / 0.06)},
+    ),
     ("no room", "NVIDIA L4", served(memory=MemoryUse(25 * 10**9, 0, 0)), None),
     ("all overhead", "NVIDIA H200 SXM", served(**IDLE), None),
 ]  # fmt: skip
@@ -274,11 +282,11 @@ def test_what_would_bring_nothing_says_why(served: ServingVariant, change: str, 
 
 # name -> bandwidth in GB/s, float32 and bfloat16 peaks in TFLOP/s, worked out by hand
 FIGURES = {
-    "AMD Ryzen 9 9950X": (89.6, 4.4032, None),
+    "AMD Ryzen 9 9950X": (89.6, 4.4032, 8.8064),
     "Intel Xeon Platinum 8480+": (307.2, 7.168, 114.688),
-    "AMD Ryzen Threadripper PRO 7995WX": (332.8, 7.68, None),
-    "AMD EPYC 9654": (460.8, 7.3728, None),
-    "AMD EPYC 9755": (576.0, 22.1184, None),
+    "AMD Ryzen Threadripper PRO 7995WX": (332.8, 7.68, 15.36),
+    "AMD EPYC 9654": (460.8, 7.3728, 14.7456),
+    "AMD EPYC 9755": (576.0, 22.1184, 44.2368),
     "Intel Xeon 6980P": (844.8, 16.384, 262.144),
     "NVIDIA L4": (300, 30.3, 121),
     "NVIDIA A10": (600, 31.2, 125),
@@ -294,13 +302,10 @@ def test_the_machines_are_those_of_their_vendors() -> None:
         m.name: (m.bandwidth_bytes_per_s / 1e9, *(m.flops_per_s.get(d) for d in ("float32", "bfloat16")))
         for m in MACHINES
     }
-    expected = {
-        name: pytest.approx((gb, f32 * 1e12, None if bf16 is None else bf16 * 1e12))
-        for name, (gb, f32, bf16) in FIGURES.items()
-    }
+    expected = {name: pytest.approx((gb, f32 * 1e12, bf16 * 1e12)) for name, (gb, f32, bf16) in FIGURES.items()}
     assert found == expected
     assert all(m.source and (m.memory_bytes is None) == (m.device == "cpu") for m in MACHINES)
-    assert MACHINES[0].flops_per_s.keys() == {"float32"}
+    assert MACHINES[0].flops_per_s.keys() == {"float32", "bfloat16"}
     assert next(m for m in MACHINES if m.name == "NVIDIA A100 SXM 80 GB").flops_per_s == {
         "float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12, "float16": 312e12, "int8": 624e12,
     }  # fmt: skip

@@ -48,6 +48,11 @@ class Bf16Linear(nn.Module):
         self.packed = (layer,) if isinstance(layer, PackedLinear) else ()
 
     @property
+    def arithmetic(self) -> str:
+        """What products are computed in; see `Hardware.peak_flops_per_s`."""
+        return "bfloat16" if self.parts == 1 else "bfloat16x3"
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes read at each call. They are shared with the layer that this one was made from."""
         held = (self.weight, self.scales, self.zeros, self.bias)

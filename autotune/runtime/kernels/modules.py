@@ -30,7 +30,7 @@ class PackedLinear(nn.Module, ABC):
     """
 
     bias: Tensor | None
-    dtype = torch.float32  # dtype of the arithmetic
+    arithmetic = "float32"  # what products are computed in; see `Hardware.peak_flops_per_s`
     tensors: ClassVar[tuple[str, ...]]  # names of the packed weight's parts
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -131,6 +131,10 @@ class GroupedLinear(PackedLinear):
     operator: ClassVar[str]
     weight: Tensor
     scales: Tensor  # [ceil(N / 16), groups, 16]
+
+    @property
+    def arithmetic(self) -> str:  # type: ignore[override]
+        return {0: "float32", 1: "int8", 2: "int16"}[self.digits if self.in_integers else 0]
 
     @property
     def in_integers(self) -> bool:
