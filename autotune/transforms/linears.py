@@ -285,11 +285,11 @@ def weight_bytes(phase: PhaseProfile, bits: float | None) -> float:
     """Bytes that a phase's weights would take with `bits` bits per weight; None: as many as now.
 
     The number of weights follows from their bytes, because layers that were not exchanged yet multiply in the dtype in
-    which they are stored.
+    which they are stored. Arithmetic that is no dtype ("tf32", "bfloat16x3") is over FP32.
     """
     if bits is None:
         return phase.weight_bytes
-    element: torch.dtype = getattr(torch, phase.compute_dtype)
+    element: torch.dtype = getattr(torch, phase.compute_dtype, torch.float32)
     return phase.weight_bytes * bits / (8 * element.itemsize)
 
 

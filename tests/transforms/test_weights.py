@@ -18,7 +18,7 @@ from autotune.runtime.dispatch import serving
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.transforms.linear_dtype import CastLinear
-from autotune.transforms.linears import LinearTransform
+from autotune.transforms.linears import LinearTransform, weight_bytes
 from autotune.transforms.step_program import StepProgram
 from autotune.workload import PHASES
 from tests import models
@@ -234,6 +234,16 @@ def profile_of(
 
 
 # 500 MB of weights at 25 GB/s take 20 ms, halved 10 ms, at INT8 with FP16 scales per 32 (9 of 32 bits less 3/4) 5.3 ms
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", 1e6), ("bfloat16", 2e6), ("tf32", 1e6), ("bfloat16x3", 1e6)]
+)
+def test_weights_are_counted_by_what_they_are_stored_in(dtype: str, expected: float) -> None:
+    profile = profile_of(0.1, 0.0, weight_bytes=4e6, flops=1e9, compute_dtype=dtype)
+    assert weight_bytes(profile.phases["decode"], 8) == expected
+
+
 DECODE = profile_of(linear_s=0.020, other_s=0.010, weight_bytes=500e6, flops=0.25e9)
 # 70 GFLOP take 500 ms at 140 GFLOP/s and 25.9 ms at 2700 GFLOP/s
 PREFILL = profile_of(linear_s=0.500, other_s=0.100, weight_bytes=500e6, flops=70e9)
