@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..model import seam
 from . import kernels
+from .kernels.bf16 import ARITHMETIC
 
-PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that an FP32 number is split into
+# precision -> BF16 numbers that an FP32 number is split into
+PARTS = {"float32": 0, **{name: parts for parts, name in ARITHMETIC.items()}}
 NAMES = {precision: f"autotune_{precision}_prefill" for precision in PARTS}  # in transformers' registry
 PARTS_BY_NAME = {NAMES[precision]: parts for precision, parts in PARTS.items()}
 

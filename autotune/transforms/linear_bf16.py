@@ -12,6 +12,7 @@ from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import linear_layers
 from ..runtime import kernels
+from ..runtime.kernels.bf16 import ARITHMETIC
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
@@ -36,7 +37,6 @@ class StoredTransform(LinearTransform):
     weights: str = "own"
 
     parts: ClassVar[int]  # BF16 numbers that one FP32 number is split into
-    arithmetic: ClassVar[str]  # see `Hardware.peak_flops_per_s`
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # for narrower weights, torch already uses BF16
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class StoredTransform(LinearTransform):
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         read = weight_bytes(phase, 4) if self.weights == "decode" else phase.weight_bytes  # at best 4 bits each
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype=self.arithmetic)
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype=ARITHMETIC[self.parts])
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ class LinearBf16(StoredTransform):
     name: ClassVar[str] = "linear_bf16"
     summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, without a copy of them; C++ kernels"
     parts: ClassVar[int] = 1
-    arithmetic: ClassVar[str] = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class LinearBf16x3(StoredTransform):
     summary: ClassVar[str] = "FP32 matmuls in prefill as three of BF16 over split numbers; C++ kernels"
     lossless: ClassVar[bool] = True
     parts: ClassVar[int] = 2
-    arithmetic: ClassVar[str] = "bfloat16x3"
 
 
 def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:

@@ -47,10 +47,9 @@ def gains_on(served: ServingVariant, machine: Machine) -> dict[str, float] | Non
     for phase in PHASES:
         if (found := served.profile.phases.get(phase)) is None:
             continue
-        if (dtype := _compared_in(found, served.hardware)) not in machine.flops_per_s:
+        if (there_s := _sheet_s(found, machine, _compared_in(found, served.hardware))) is None:
             continue
-        there_s = _sheet_s(found, machine, dtype)
-        if here_s := _here_s(found, served.hardware, dtype):
+        if here_s := _here_s(found, served.hardware):
             kept_s, worked_s = _divided(found)
             launched_s = _launches(served, machine).get(phase, 0) * SMALL_KERNEL_S
             gains[METRIC_OF[phase]] = found.seconds / (max(kept_s, launched_s) + worked_s * there_s / here_s)
@@ -64,15 +63,16 @@ def _compared_in(phase: PhaseProfile, here: Hardware) -> str:
     return dtype if dtype in here.flops_per_s else SIMILAR.get(dtype, dtype)
 
 
-def _sheet_s(phase: PhaseProfile, machine: Machine, dtype: str) -> float:
-    """The phase's floor by a data sheet, seconds."""
-    return floor_s(phase.flops, phase.moved_bytes, machine.flops_per_s[dtype], machine.bandwidth_bytes_per_s)
+def _sheet_s(phase: PhaseProfile, machine: Machine, dtype: str) -> float | None:
+    """The phase's floor by a data sheet, seconds; None if the sheet has no peak for `dtype`."""
+    peak = machine.flops_per_s.get(dtype)
+    return floor_s(phase.flops, phase.moved_bytes, peak, machine.bandwidth_bytes_per_s) if peak else None
 
 
-def _here_s(phase: PhaseProfile, hardware: Hardware, dtype: str) -> float:
+def _here_s(phase: PhaseProfile, hardware: Hardware) -> float:
     """The phase's floor on this machine, seconds: by its data sheet, as for other machines, else by measured peaks."""
-    sheet = _sheet(hardware)
-    return _sheet_s(phase, sheet, dtype) if sheet else roofline_s(phase, hardware, dtype)
+    sheet, dtype = _sheet(hardware), _compared_in(phase, hardware)
+    return (_sheet_s(phase, sheet, dtype) if sheet else None) or roofline_s(phase, hardware, dtype)
 
 
 def _sheet(hardware: Hardware) -> Machine | None:
@@ -112,8 +112,7 @@ def _assumed(served: ServingVariant, machine: Machine, gains: Mapping[str, float
     for phase, found in served.profile.phases.items():
         if METRIC_OF[phase] in gains:
             kept_s, worked_s = _divided(found)
-            here_s = _here_s(found, served.hardware, _compared_in(found, served.hardware))
-            share = min(1.0, here_s / worked_s) if worked_s else None
+            share = min(1.0, _here_s(found, served.hardware) / worked_s) if worked_s else None
             shares.append(f"{phase} {n.percent(share)}")
             kept.append(f"{ms(kept_s)} {UNITS[phase]}")
             launched.append(f"{launches.get(phase, 0)} {UNITS[phase]}")

@@ -13,7 +13,8 @@ from autotune.runtime.kernels.modules import PackedLinear
 # 1.2 at 32 tokens and by 2 at 8, in FP32 over FP16 weights as fast at 32 and by 2 at 8 (AVX512-BF16). A prompt's last
 # part has to be multiplied like the whole: `batching.joined` gives it as many.
 FEW = 32
-PARTS = (1, 2)
+# BF16 numbers that an FP32 number is split into -> what products are computed in; see `Hardware.peak_flops_per_s`.
+ARITHMETIC = {1: "bfloat16", 2: "bfloat16x3"}
 
 
 class Bf16Linear(nn.Module):
@@ -36,7 +37,7 @@ class Bf16Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear | PackedLinear, parts: int = 1) -> None:
         super().__init__()
-        if parts not in PARTS:
+        if parts not in ARITHMETIC:
             raise ValueError(f"parts must be 1 or 2, not {parts}")
         if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32:
             raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
@@ -49,8 +50,8 @@ class Bf16Linear(nn.Module):
 
     @property
     def arithmetic(self) -> str:
-        """What products are computed in; see `Hardware.peak_flops_per_s`."""
-        return "bfloat16" if self.parts == 1 else "bfloat16x3"
+        """What products are computed in."""
+        return ARITHMETIC[self.parts]
 
     @property
     def weight_bytes(self) -> int:

@@ -30,7 +30,6 @@ class PackedLinear(nn.Module, ABC):
     """
 
     bias: Tensor | None
-    arithmetic = "float32"  # what products are computed in; see `Hardware.peak_flops_per_s`
     tensors: ClassVar[tuple[str, ...]]  # names of the packed weight's parts
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -66,6 +65,11 @@ class PackedLinear(nn.Module, ABC):
         for name in cls.tensors:
             layer.register_buffer(name, packed[name])
         return layer
+
+    @property
+    def arithmetic(self) -> str:
+        """What products are computed in; see `Hardware.peak_flops_per_s`."""
+        return "float32"
 
     @property
     def packed(self) -> dict[str, Tensor]:
@@ -133,7 +137,7 @@ class GroupedLinear(PackedLinear):
     scales: Tensor  # [ceil(N / 16), groups, 16]
 
     @property
-    def arithmetic(self) -> str:  # type: ignore[override]
+    def arithmetic(self) -> str:
         return {0: "float32", 1: "int8", 2: "int16"}[self.digits if self.in_integers else 0]
 
     @property
